@@ -1,0 +1,96 @@
+"""What flows through the pipeline: a folder on disk plus a manifest that says how it was made."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+MANIFEST = "artifact.json"
+Stats = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """A model at one point of the pipeline. Never modified; a stage makes a new one."""
+
+    path: Path
+    """Folder that holds the files of this artifact."""
+    format: str
+    """'hf' (torch), 'onnx' or 'ort': decides which stages accept it and which backend runs it."""
+    key: str
+    """Hash of everything that led here: model, stages, their fields. Equal key, equal artifact."""
+    lineage: tuple[str, ...] = ()
+    """Names of the stages applied so far, oldest first."""
+    stats: Stats = field(default_factory=dict)
+    """What was claimed and what was found in the files, such as sparsity or bits per weight."""
+
+    @property
+    def name(self) -> str:
+        return "+".join(self.lineage) or "baseline"
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(f.stat().st_size for f in self.path.rglob("*") if f.is_file())
+
+    @classmethod
+    def load(cls, path: Path) -> Artifact:
+        record = json.loads((path / MANIFEST).read_text())
+        return cls(path=path, **{**record, "lineage": tuple(record["lineage"])})
+
+
+def publish(final: Path, make: Callable[[Path], Artifact]) -> Artifact:
+    """Let ``make`` fill a temporary folder beside ``final``, then rename it: all or nothing.
+
+    ``make`` returns the artifact with ``path`` still inside the temporary folder. If another
+    process published the same key meanwhile, its folder is kept: equal key, equal artifact.
+    """
+    temporary = final.with_name(f".{final.name}.{_owner()}.{uuid.uuid4().hex}")
+    temporary.mkdir(parents=True)
+    try:
+        record = {k: v for k, v in asdict(make(temporary)).items() if k != "path"}
+        (temporary / MANIFEST).write_text(json.dumps(record, indent=2) + "\n")
+        try:
+            temporary.rename(final)
+        except OSError:  # a folder that is not empty is never replaced
+            if not (final / MANIFEST).is_file():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return Artifact.load(final)
+
+
+def sweep(store: Path) -> None:
+    """Remove the temporary folders that processes of this machine left behind when they died."""
+    for folder in store.glob(f".*.{platform.node()}.*.*"):
+        process = folder.name.split(".")[-2]
+        if process.isdigit() and not psutil.pid_exists(int(process)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _owner() -> str:
+    """A store may be shared by containers and machines, where process numbers repeat."""
+    return f"{platform.node()}.{os.getpid()}"
+
+
+def fingerprint(*parts: object) -> str:
+    """Twelve hex digits of a stable hash; the parts must be JSON-like."""
+    text = json.dumps(parts, sort_keys=True, default=_plain)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"cannot fingerprint {value!r}")

@@ -1,0 +1,45 @@
+"""One step of the pipeline: a frozen dataclass whose fields are its whole configuration."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from optpipe.artifact import Artifact, Stats
+
+if TYPE_CHECKING:
+    from optpipe.linear import Layers
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what is being done, units done, units in all); the screen makes an ETA of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage(ABC):
+    """Reads one artifact, writes another.
+
+    A subclass adds fields (typed, with units in their docstrings), says what it accepts and
+    produces, and implements ``run``. ``__post_init__`` may reject values but never changes them.
+    """
+
+    accepts: ClassVar[frozenset[str]] = frozenset({"hf"})
+    produces: ClassVar[str] = "hf"
+
+    def plan(self, layers: Layers) -> Layers:
+        """The form of every linear layer after this stage, from names and shapes alone.
+
+        Raises ValueError if this stage cannot follow what came before (say, a low-rank
+        factorization of a pruned layer, which would lose its mask). Runs before any work.
+        """
+        return layers
+
+    def output_bytes(self, layers: Layers, source_bytes: int) -> int:
+        """Upper estimate of the size of the new artifact, bytes."""
+        return source_bytes + source_bytes // 8
+
+    @abstractmethod
+    def run(self, source: Artifact, out: Path, progress: Progress) -> Stats:
+        """Write the new artifact into the empty folder ``out``; return what was claimed."""
