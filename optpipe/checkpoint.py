@@ -1,0 +1,176 @@
+"""A model folder: transformers config, safetensors, and ``forms.json`` where layers are compressed.
+
+Reading is lazy, one tensor at a time, so that a stage or an exporter never needs the whole model
+in memory; a plain Hugging Face folder is a checkpoint in which every layer is dense.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig
+
+from optpipe.errors import InputError, one_line
+from optpipe.family import Decoder, describe
+from optpipe.linear import Form, Layers
+
+FORMS = "forms.json"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+SIDE_FILES = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",
+              "vocab.json", "merges.txt", "chat_template*")  # fmt: skip
+
+
+class Checkpoint:
+    """Lazy view of a model folder. Raises InputError if the folder is not a usable model."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._open: dict[str, Any] = {}
+
+    @cached_property
+    def config(self) -> Any:
+        if not (self.path / "config.json").is_file():
+            raise InputError(f"no config.json in model folder '{self.path}'")
+        try:
+            return AutoConfig.from_pretrained(self.path, trust_remote_code=False)
+        except (ValueError, KeyError, OSError, StrictDataclassError) as error:
+            raise InputError(
+                f"cannot read the config of '{self.path}': {one_line(error)}"
+            ) from error
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        return describe(self.config)
+
+    @cached_property
+    def files(self) -> dict[str, str]:
+        """Tensor name -> file name, every header checked against the size of its file."""
+        if (self.path / INDEX).is_file():
+            listed = json.loads((self.path / INDEX).read_text())["weight_map"]
+            names = sorted(set(listed.values()))
+        elif (self.path / SINGLE).is_file():
+            listed, names = None, [SINGLE]
+        else:
+            raise InputError(_no_weights(self.path))
+        found = {tensor: name for name in names for tensor in _header(self.path / name)}
+        if listed is not None and (missing := sorted(set(listed) - set(found))):
+            raise InputError(f"tensor '{missing[0]}' is listed in {INDEX} but in no file")
+        return found
+
+    @cached_property
+    def forms(self) -> Layers | None:
+        """The layers this project compressed; None for a folder of Hugging Face's own."""
+        file = self.path / FORMS
+        if not file.is_file():
+            return None
+        return {name: Form(**form) for name, form in json.loads(file.read_text()).items()}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What floating-point tensors are stored as."""
+        dtype = self.config.dtype or torch.float32
+        return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+    def get(self, name: str) -> Tensor | None:
+        """One tensor as stored, or None if there is none of that name."""
+        if name not in self.files:
+            return None
+        file = self.files[name]
+        if file not in self._open:
+            self._open[file] = safe_open(self.path / file, framework="pt")
+        tensor: Tensor = self._open[file].get_tensor(name)
+        return tensor
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every stored tensor, from the headers alone."""
+        return {
+            tensor: tuple(entry["shape"])
+            for name in sorted(set(self.files.values()))
+            for tensor, entry in _header(self.path / name).items()
+        }
+
+    @property
+    def size_bytes(self) -> int:
+        return sum((self.path / name).stat().st_size for name in set(self.files.values()))
+
+
+class Writer:
+    """Writes a checkpoint one part at a time, each its own safetensors file; ``close`` seals it."""
+
+    def __init__(self, out: Path, source: Checkpoint) -> None:
+        self.out, self.source = out, source
+        self.weight_map: dict[str, str] = {}
+        self.total = 0
+
+    def add(self, part: str, tensors: Mapping[str, Tensor]) -> None:
+        """Store ``tensors`` in PART.safetensors."""
+        if not tensors:
+            return
+        file = f"{part}.safetensors"
+        save_file(dict(tensors), self.out / file, metadata={"format": "pt"})
+        self.weight_map |= dict.fromkeys(tensors, file)
+        self.total += sum(t.numel() * t.element_size() for t in tensors.values())
+
+    def close(self, forms: Layers) -> None:
+        copy_side_files(self.source.path, self.out)
+        _dump(self.out / FORMS, {name: asdict(form) for name, form in forms.items()})
+        index = {"metadata": {"total_size": self.total}, "weight_map": self.weight_map}
+        _dump(self.out / INDEX, index)
+
+
+def copy_side_files(source: Path, out: Path) -> None:
+    """Config and tokenizer travel with the weights."""
+    for file in side_files(source):
+        shutil.copy2(file, out / file.name)
+
+
+def side_files(path: Path) -> Iterator[Path]:
+    return (file for pattern in SIDE_FILES for file in sorted(path.glob(pattern)))
+
+
+def _dump(file: Path, content: object) -> None:
+    file.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _header(file: Path) -> dict[str, Any]:
+    """The header of a safetensors file. Raises InputError if the file is not whole."""
+    if not file.is_file():
+        raise InputError(f"weight file '{file}' is missing")
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        text = stream.read(length) if length < size else b""
+    try:
+        header: dict[str, Any] = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"'{file}' is not a whole safetensors file (bad header)") from error
+    header.pop("__metadata__", None)
+    end = 8 + length + max((e["data_offsets"][1] for e in header.values()), default=0)
+    if end != size:
+        raise InputError(f"'{file}' is truncated: {size} bytes, its header says {end}")
+    return header
+
+
+def _no_weights(path: Path) -> str:
+    pickles = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
+    if pickles:
+        return (
+            f"'{path}' holds pickled weights ({pickles[0]}), which are refused because loading "
+            "them can run code; convert them to safetensors"
+        )
+    return f"no safetensors weights ({SINGLE} or {INDEX}) in model folder '{path}'"

@@ -1,0 +1,198 @@
+"""The forms of a linear layer: dense, sparse, quantized, factorized; on disk and as torch modules.
+
+On disk a layer NAME is stored as what it is, row-major, with R outputs, C inputs, G scales a row:
+
+    dense      NAME.weight (R, C)
+    sparse     NAME.values (kept weights, row by row)   NAME.mask (1 bit a weight, padded rows)
+    quantized  NAME.codes (``bits`` a weight, padded rows)  NAME.scales (R, G) fp16
+               [NAME.zeros (``bits`` a group, padded rows) unless symmetric]  [NAME.mask]
+    low rank   two layers, NAME.right (rank, C) and NAME.left (R, rank), each in a form of its own
+
+each with an optional NAME.bias (R). Codes are unsigned; weight = (code - zero) * scale, where the
+zero of a symmetric layer is 2 ** (bits - 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+PER_CHANNEL = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """How one linear layer is stored; ``bits is None`` means floating point."""
+
+    rows: int
+    cols: int
+    bits: int | None = None
+    group_size: int = PER_CHANNEL
+    """Inputs that share a scale; -1: the whole row."""
+    symmetric: bool = True
+    pattern: str | None = None
+    """'row' or 'N:M' if a mask says which weights are kept; None: all are."""
+
+    @property
+    def groups(self) -> int:
+        return 1 if self.group_size == PER_CHANNEL else self.cols // self.group_size
+
+    def stored_bits(self, float_bits: int = 16, density: float = 1.0) -> float:
+        """Bits this layer takes on disk, without bias; ``density``: the share of kept weights."""
+        weights = self.rows * self.cols
+        mask = weights if self.pattern else 0
+        if self.bits is None:
+            return weights * float_bits * (density if self.pattern else 1) + mask
+        per_group = 16 + (0 if self.symmetric else self.bits)
+        return weights * self.bits + self.rows * self.groups * per_group + mask
+
+
+Layers = dict[str, Form]
+"""Every linear layer of a model by its name, in the order of the model."""
+
+
+def pack(codes_RC: Tensor, bits: int) -> Tensor:
+    """Integers below 2 ** bits, (R, C), to bytes (R, ceil(C * bits / 8)), low bits first."""
+    rows = codes_RC.shape[0]
+    if bits == 8:
+        return codes_RC.to(torch.uint8)
+    if bits == 4:  # the common case, two codes at a time instead of bit by bit
+        pairs = functional.pad(codes_RC.to(torch.uint8), (0, codes_RC.shape[1] % 2))
+        pairs = pairs.contiguous().view(torch.int16)
+        return ((pairs | (pairs >> 4)) & 255).to(torch.uint8)
+    shifts = torch.arange(bits, dtype=torch.uint8)
+    flat = ((codes_RC.to(torch.uint8).unsqueeze(-1) >> shifts) & 1).reshape(rows, -1)
+    flat = functional.pad(flat, (0, -flat.shape[1] % 8)).reshape(rows, -1, 8)
+    return (flat << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+
+
+def unpack(packed: Tensor, bits: int, cols: int) -> Tensor:
+    """The inverse of :func:`pack`: uint8 (R, cols)."""
+    rows = packed.shape[0]
+    if bits == 8:
+        return packed[:, :cols]
+    if bits == 4:
+        pairs = packed.to(torch.int16)
+        pairs = ((pairs | (pairs << 4)) & 0x0F0F).contiguous()
+        return pairs.view(torch.uint8)[:, :cols].contiguous()
+    single = (packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1
+    single = single.reshape(rows, -1)[:, : cols * bits].reshape(rows, cols, bits)
+    return (single << torch.arange(bits, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+
+
+class Quantized(nn.Module):
+    """A linear layer that keeps integer codes and multiplies with what they stand for."""
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    bias: Tensor | None
+    mask: Tensor | None
+
+    def __init__(self, form: Form, codes_RC: Tensor, scales_RG: Tensor) -> None:
+        super().__init__()
+        self.form = form
+        self.register_buffer("codes", codes_RC.to(torch.uint8))
+        self.register_buffer("scales", scales_RG.half())
+        for name in ("zeros", "bias", "mask"):
+            self.register_buffer(name, None)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight, (R, C)."""
+        form = self.form
+        assert form.bits is not None
+        grouped = self.codes.reshape(form.rows, form.groups, -1).to(torch.float32)
+        if self.zeros is None:
+            grouped = grouped - float(2 ** (form.bits - 1))
+        else:
+            grouped = grouped - self.zeros.unsqueeze(-1).to(torch.float32)
+        weight = grouped * self.scales.unsqueeze(-1).to(torch.float32)
+        return weight.reshape(form.rows, form.cols).to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return functional.linear(x, self.dequantize(x.dtype), bias)
+
+
+class LowRank(nn.Module):
+    """y = left(right(x)): a linear layer of rank ``right.out_features``."""
+
+    def __init__(self, right: nn.Module, left: nn.Module) -> None:
+        super().__init__()
+        self.right, self.left = right, left
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.left(self.right(x))
+        return y
+
+
+def dense(weight_RC: Tensor, bias_R: Tensor | None, mask_RC: Tensor | None = None) -> nn.Linear:
+    """An ordinary linear layer; the mask, if any, stays with it as a buffer."""
+    rows, cols = weight_RC.shape
+    linear = nn.Linear(cols, rows, bias=bias_R is not None, device="meta")
+    linear.weight = nn.Parameter(weight_RC, requires_grad=False)
+    if bias_R is not None:
+        linear.bias = nn.Parameter(bias_R, requires_grad=False)
+    linear.register_buffer("mask", mask_RC, persistent=False)
+    return linear
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight a layer multiplies with, (R, C) float, whatever its form but low rank."""
+    if isinstance(module, Quantized):
+        return module.dequantize()
+    assert isinstance(module, nn.Linear)
+    return module.weight
+
+
+def mask_of(module: nn.Module) -> Tensor | None:
+    """True where a weight is kept, (R, C); None if the layer was never pruned."""
+    mask = getattr(module, "mask", None)
+    assert mask is None or isinstance(mask, Tensor)
+    return mask
+
+
+def encode(name: str, module: nn.Module, form: Form, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors that store a layer (see the top of this file); floats are kept as ``dtype``."""
+    mask = mask_of(module)
+    stored: dict[str, Tensor] = {}
+    if isinstance(module, Quantized):
+        assert form.bits is not None
+        stored["codes"] = pack(module.codes, form.bits)
+        stored["scales"] = module.scales
+        if module.zeros is not None:
+            stored["zeros"] = pack(module.zeros, form.bits)
+    elif mask is not None:
+        stored["values"] = weight_of(module)[mask].to(dtype)
+    else:
+        stored["weight"] = weight_of(module).to(dtype)
+    if mask is not None:
+        stored["mask"] = pack(mask, 1)
+    bias = module.bias
+    if isinstance(bias, Tensor):
+        stored["bias"] = bias.to(dtype)
+    return {f"{name}.{key}": value.contiguous() for key, value in stored.items()}
+
+
+def decode(name: str, form: Form, get: Callable[[str], Tensor | None]) -> nn.Module:
+    """The layer back from its tensors; ``get`` returns None for a name that is not stored."""
+    packed_mask, bias = get(f"{name}.mask"), get(f"{name}.bias")
+    mask = None if packed_mask is None else unpack(packed_mask, 1, form.cols).bool()
+    if form.bits is not None:
+        codes, scales, zeros = (get(f"{name}.{part}") for part in ("codes", "scales", "zeros"))
+        assert codes is not None and scales is not None
+        module = Quantized(form, unpack(codes, form.bits, form.cols), scales)
+        module.zeros = None if zeros is None else unpack(zeros, form.bits, form.groups)
+        module.bias, module.mask = bias, mask
+        return module
+    weight = get(f"{name}.weight")
+    if weight is None:
+        values = get(f"{name}.values")
+        assert values is not None and mask is not None
+        weight = torch.zeros(form.rows, form.cols, dtype=values.dtype)
+        weight[mask] = values
+    return dense(weight, bias, mask)

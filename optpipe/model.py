@@ -1,0 +1,172 @@
+"""Checkpoints as running torch models, whole or one decoder block at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from optpipe.checkpoint import Checkpoint
+from optpipe.errors import InputError
+from optpipe.family import Block
+from optpipe.linear import Form, Layers, LowRank, decode, dense
+
+
+def load(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The whole model, ready to run; compressed layers keep their codes."""
+    lm = skeleton(checkpoint, dtype)
+    for block in checkpoint.decoder.blocks:
+        fill(lm, block.name, checkpoint, dtype)
+    return lm
+
+
+def skeleton(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model with everything in place but its decoder blocks, whose weights are on 'meta'."""
+    lm = empty(checkpoint.config)
+    blocks = tuple(f"{block.name}." for block in checkpoint.decoder.blocks)
+    rest = [name for name, _ in lm.named_parameters() if not name.startswith(blocks)]
+    for name in rest:
+        if (tensor := checkpoint.get(name)) is not None:
+            _set(lm, name, tensor.to(dtype))
+    if checkpoint.decoder.tied:
+        lm.tie_weights()
+    _insert_head(lm, checkpoint, dtype)
+    lm.eval()
+    return lm
+
+
+def empty(config: Any) -> PreTrainedModel:
+    """A model of this shape whose parameters take no memory; its buffers are real."""
+    with _parameters_on_meta():
+        lm: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=False
+        )
+    for name, module in list(lm.named_modules()):
+        if isinstance(module, Conv1D):  # GPT-2 stores (in, out); everything here is (out, in)
+            lm.set_submodule(name, dense(module.weight.T, module.bias))
+    return lm.requires_grad_(False)
+
+
+def fill(lm: PreTrainedModel, block: str, checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
+    """Give one decoder block its weights; returns the block."""
+    forms = checkpoint.forms or {}
+    module = lm.get_submodule(block)
+    for name in _linears(module, block):
+        lm.set_submodule(name, layer(name, forms, checkpoint, dtype))
+    for name, parameter in module.named_parameters(prefix=block):
+        if parameter.device.type == "meta":
+            tensor = checkpoint.get(name)
+            assert tensor is not None, name
+            _set(lm, name, tensor.to(dtype))
+    return module
+
+
+def drop(lm: PreTrainedModel, block: str) -> None:
+    """Take the memory of a block back."""
+    lm.get_submodule(block).to("meta")
+
+
+def layer(
+    name: str, forms: Layers, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """One linear layer in its stored form, floating-point tensors as ``dtype``."""
+    if name in forms:
+        return _cast(decode(name, forms[name], checkpoint.get), dtype)
+    if f"{name}.left" in forms:
+        parts = (layer(f"{name}.{side}", forms, checkpoint, dtype) for side in ("right", "left"))
+        return LowRank(*parts)
+    weight, bias = checkpoint.get(f"{name}.weight"), checkpoint.get(f"{name}.bias")
+    if weight is None and checkpoint.decoder.tied and name == checkpoint.decoder.head:
+        weight = checkpoint.get(f"{checkpoint.decoder.embed}.weight")
+    assert weight is not None, name
+    if checkpoint.decoder.family == "gpt2" and name != checkpoint.decoder.head:
+        weight = weight.T.contiguous()
+    return dense(weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+def layers(checkpoint: Checkpoint) -> Layers:
+    """Every linear layer of the model and its form."""
+    if checkpoint.forms is not None:
+        return checkpoint.forms
+    lm = empty(checkpoint.config)
+    found = {n: lm.get_submodule(n) for b in checkpoint.decoder.blocks for n in b.linears}
+    found[checkpoint.decoder.head] = lm.get_submodule(checkpoint.decoder.head)
+    return {n: Form(rows=m.out_features, cols=m.in_features) for n, m in found.items()}  # type: ignore[arg-type]
+
+
+def check_complete(checkpoint: Checkpoint) -> None:
+    """Raise InputError unless a plain folder holds every tensor of its architecture, whole."""
+    shapes = checkpoint.shapes()
+    for name, shape in parameter_shapes(checkpoint).items():
+        if name not in shapes:
+            raise InputError(f"tensor '{name}' is missing from '{checkpoint.path}'")
+        if shapes[name] != shape:
+            raise InputError(f"tensor '{name}' has shape {shapes[name]}, the config says {shape}")
+
+
+def parameter_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Every tensor that a plain folder of this architecture holds, from its config alone."""
+    with _parameters_on_meta():
+        lm = AutoModelForCausalLM.from_config(checkpoint.config, trust_remote_code=False)
+    shapes = {name: tuple(parameter.shape) for name, parameter in lm.named_parameters()}
+    if checkpoint.decoder.tied:
+        shapes.pop(f"{checkpoint.decoder.head}.weight", None)
+    return shapes
+
+
+def block_linears(lm: PreTrainedModel, block: Block) -> Iterator[tuple[str, nn.Module]]:
+    """The layers of a block that multiply, factors of a low-rank layer each on their own."""
+    for name in block.linears:
+        module = lm.get_submodule(name)
+        if isinstance(module, LowRank):
+            yield f"{name}.right", module.right
+            yield f"{name}.left", module.left
+        else:
+            yield name, module
+
+
+def _linears(module: nn.Module, block: str) -> list[str]:
+    return [n for n, m in module.named_modules(prefix=block) if isinstance(m, nn.Linear)]
+
+
+def _insert_head(lm: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    head, forms = checkpoint.decoder.head, checkpoint.forms or {}
+    if head in forms:
+        lm.set_submodule(head, layer(head, forms, checkpoint, dtype))
+
+
+def _cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return module
+
+
+def _set(lm: nn.Module, name: str, tensor: Tensor) -> None:
+    owner, _, key = name.rpartition(".")
+    setattr(lm.get_submodule(owner), key, nn.Parameter(tensor, requires_grad=False))
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules made inside get parameters without memory, but real buffers.
+
+    ``torch.device("meta")`` would also void the buffers, such as rotary frequencies, that no
+    checkpoint stores and that only the constructors of transformers know how to compute.
+    """
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
