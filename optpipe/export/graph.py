@@ -1,0 +1,105 @@
+"""An ONNX graph under construction whose weights go straight to disk, one at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+
+MODEL, DATA = "model.onnx", "model.onnx.data"
+OPSET = 24
+IR_VERSION = 11
+ALIGN = 4096  # a page, so that a runtime can map a weight instead of reading it
+INLINE_BYTES = 1024  # constants up to this size stay in the .onnx file
+
+
+class Graph:
+    """Nodes, inputs, outputs, weights; ``save`` writes MODEL, the weights are in DATA by then."""
+
+    def __init__(self, out: Path, contrib: bool = False) -> None:
+        self.out = out
+        self.contrib = contrib
+        self.nodes: list[NodeProto] = []
+        self.inputs: list[ValueInfoProto] = []
+        self.outputs: list[ValueInfoProto] = []
+        self.initializers: dict[str, TensorProto] = {}
+        self._data = (out / DATA).open("wb")
+
+    def node(
+        self, op: str, inputs: list[str], output: str, *, domain: str = "", **attributes: Any
+    ) -> str:
+        """Append a node with one output; returns the name of that output."""
+        self.add(op, inputs, [output], domain=domain, **attributes)
+        return output
+
+    def add(
+        self, op: str, inputs: list[str], outputs: list[str], *, domain: str = "", **attributes: Any
+    ) -> NodeProto:
+        node = helper.make_node(op, inputs, outputs, name=outputs[0], domain=domain, **attributes)
+        self.nodes.append(node)
+        return node
+
+    def constant(self, name: str, array: np.ndarray) -> str:
+        """A weight or a small constant; the name may be given twice if the content is the same."""
+        if name not in self.initializers:
+            array = np.ascontiguousarray(array)
+            dtype = helper.np_dtype_to_tensor_dtype(array.dtype)
+            self.raw(name, dtype, array.shape, array)
+        return name
+
+    def raw(self, name: str, dtype: int, shape: tuple[int, ...], data: np.ndarray) -> str:
+        """A weight from its bytes, for element types that numpy does not have (4-bit integers)."""
+        tensor = TensorProto(name=name, data_type=dtype, dims=shape)
+        view = data.reshape(-1).view(np.uint8).data
+        if view.nbytes <= INLINE_BYTES:
+            tensor.raw_data = view.tobytes()
+        else:
+            offset = self._data.seek(-self._data.tell() % ALIGN, 1)
+            self._data.write(view)
+            tensor.data_location = TensorProto.EXTERNAL
+            for key, value in (("location", DATA), ("offset", offset), ("length", view.nbytes)):
+                tensor.external_data.add(key=key, value=str(value))
+        self.initializers[name] = tensor
+        return name
+
+    def save(self, **metadata: str) -> None:
+        """Close the weights and write the model with ``metadata`` as its properties."""
+        self._data.close()
+        graph = helper.make_graph(
+            self.nodes, "decoder", self.inputs, self.outputs, [*self.initializers.values()]
+        )
+        opsets = [helper.make_opsetid("", OPSET)]
+        if self.contrib:
+            opsets.append(helper.make_opsetid("com.microsoft", 1))
+        model = helper.make_model(
+            graph, opset_imports=opsets, producer_name="optpipe", ir_version=IR_VERSION
+        )
+        helper.set_model_props(model, metadata)
+        (self.out / MODEL).write_bytes(model.SerializeToString(deterministic=True))
+
+
+def read(folder: Path) -> onnx.ModelProto:
+    """The model of a folder without its weights; get those one by one with :func:`tensor`."""
+    return onnx.load(folder / MODEL, load_external_data=False)
+
+
+def tensor(folder: Path, proto: TensorProto) -> np.ndarray:
+    """One weight. 4-bit integers come as their packed bytes, flat; bfloat16 as ml_dtypes."""
+    if proto.data_location != TensorProto.EXTERNAL:
+        if proto.data_type in (TensorProto.INT4, TensorProto.UINT4):
+            return np.frombuffer(proto.raw_data, dtype=np.uint8)
+        return numpy_helper.to_array(proto)
+    place = {entry.key: entry.value for entry in proto.external_data}
+    data: np.ndarray = np.memmap(
+        folder / place["location"],
+        dtype=np.uint8,
+        mode="r",
+        offset=int(place["offset"]),
+        shape=(int(place["length"]),),
+    )
+    if proto.data_type in (TensorProto.INT4, TensorProto.UINT4):
+        return data
+    return data.view(helper.tensor_dtype_to_np_dtype(proto.data_type)).reshape(tuple(proto.dims))

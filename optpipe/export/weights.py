@@ -1,0 +1,132 @@
+"""The parts of a graph that hold weights: linear layers in each form, norms, constants."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from onnx import TensorProto
+from torch import Tensor, nn
+
+from optpipe import model
+from optpipe.checkpoint import Checkpoint
+from optpipe.export.graph import Graph
+from optpipe.linear import LowRank, Quantized, pack
+
+ONNX_DTYPES = {
+    torch.float32: TensorProto.FLOAT,
+    torch.float16: TensorProto.FLOAT16,
+    torch.bfloat16: TensorProto.BFLOAT16,
+}
+
+
+class Weights:
+    """Reads weights from a checkpoint and puts them into a graph, floats as ``dtype``."""
+
+    def __init__(self, graph: Graph, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+        self.graph, self.checkpoint, self.dtype = graph, checkpoint, dtype
+        self.onnx_dtype = ONNX_DTYPES[dtype]
+
+    def linear(self, x: str, name: str, output: str | None = None) -> str:
+        """y = x @ W.T + b for the layer ``name``, whatever its form."""
+        forms = self.checkpoint.forms or {}
+        return self._layer(x, name, model.layer(name, forms, self.checkpoint, self.dtype), output)
+
+    def _layer(self, x: str, name: str, module: nn.Module, output: str | None) -> str:
+        if isinstance(module, LowRank):
+            x = self._layer(x, f"{name}.right", module.right, None)
+            return self._layer(x, f"{name}.left", module.left, output)
+        assert isinstance(module, nn.Linear | Quantized)
+        if isinstance(module, Quantized):
+            weight = self._codes(name, module)
+        else:
+            weight = self.tensor(f"{name}.weight", module.weight.T)
+        output = output or name
+        if module.bias is None:
+            return self.graph.node("MatMul", [x, weight], output)
+        y = self.graph.node("MatMul", [x, weight], f"{output}/matmul")
+        return self.graph.node("Add", [y, self.tensor(f"{name}.bias", module.bias)], output)
+
+    def _codes(self, name: str, module: Quantized) -> str:
+        """DequantizeLinear of a (K, N) weight, in blocks along K or per channel.
+
+        Symmetric codes become signed integers without a zero point, which is all that TensorRT
+        takes; fewer than 4 bits travel in 4-bit integers.
+        """
+        form, g = module.form, self.graph
+        assert form.bits is not None
+        zero = 2 ** (form.bits - 1)
+        symmetric = module.zeros is None
+        inputs = [
+            self._integers(f"{name}.codes", module.codes, form.bits, zero if symmetric else 0),
+            self.tensor(f"{name}.scales", self._by_column(module.scales)),
+        ]
+        if module.zeros is not None:
+            zeros = self._integers(f"{name}.zeros", module.zeros, form.bits, 0)
+            inputs.append(zeros)
+        where: dict[str, Any] = (
+            {"axis": 1} if form.groups == 1 else {"axis": 0, "block_size": form.group_size}
+        )
+        return g.node("DequantizeLinear", inputs, f"{name}.dequantized", **where)
+
+    def _integers(self, name: str, codes_RC: Tensor, bits: int, zero: int) -> str:
+        """``codes - zero``, transposed, as (U)INT4 or (U)INT8; unsigned when ``zero`` is 0."""
+        rows, cols = codes_RC.shape
+        shape = (cols, rows) if cols > 1 else (rows,)
+        shifted = codes_RC - zero  # wraps around to two's complement
+        if bits == 8:
+            dtype = TensorProto.INT8 if zero else TensorProto.UINT8
+            return self.graph.raw(name, dtype, shape, shifted.T.contiguous().numpy())
+        dtype = TensorProto.INT4 if zero else TensorProto.UINT4
+        if rows % 2:  # two codes a byte straddle the columns
+            nibbles = pack((shifted & 15).T.reshape(1, -1), 4)
+            return self.graph.raw(name, dtype, shape, nibbles.numpy())
+        pairs = (shifted[0::2] & 15) | (shifted[1::2] << 4)
+        return self.graph.raw(name, dtype, shape, pairs.T.contiguous().numpy())
+
+    @staticmethod
+    def _by_column(grouped_RG: Tensor) -> Tensor:
+        """(R, G) to (G, R), or to (R) for one group."""
+        return grouped_RG[:, 0] if grouped_RG.shape[1] == 1 else grouped_RG.T
+
+    def norm(self, x: str, name: str) -> str:
+        d = self.checkpoint.decoder
+        if d.norm == "layer":
+            inputs = [x, self.stored(f"{name}.weight"), self.stored(f"{name}.bias")]
+            return self.graph.node("LayerNormalization", inputs, name, axis=-1, epsilon=d.eps)
+        weight = self.checkpoint.get(f"{name}.weight")
+        assert weight is not None
+        gamma = self.tensor(f"{name}.weight", weight.float() + d.norm_offset)
+        return self.graph.node("RMSNormalization", [x, gamma], name, axis=-1, epsilon=d.eps)
+
+    def split(self, x: str, sizes: list[int]) -> list[str]:
+        """Cut the last axis into parts of these sizes."""
+        lengths = self.graph.constant(f"{x}/sizes", np.array(sizes, np.int64))
+        outputs = [f"{x}/part{i}" for i in range(len(sizes))]
+        self.graph.add("Split", [x, lengths], outputs, axis=-1)
+        return outputs
+
+    def softcap(self, x: str, cap: float, output: str) -> str:
+        """cap * tanh(x / cap)"""
+        value = self.scalar(f"{output}/cap", cap)
+        x = self.graph.node("Div", [x, value], f"{output}/scaled")
+        x = self.graph.node("Tanh", [x], f"{output}/tanh")
+        return self.graph.node("Mul", [x, value], output)
+
+    def stored(self, name: str) -> str:
+        """A stored floating-point tensor under its own name."""
+        if name in self.graph.initializers:
+            return name
+        stored = self.checkpoint.get(name)
+        assert stored is not None, name
+        return self.tensor(name, stored)
+
+    def scalar(self, name: str, value: float) -> str:
+        return self.tensor(name, torch.tensor(value))
+
+    def tensor(self, name: str, value: Tensor) -> str:
+        data = value.to(self.dtype).contiguous()
+        if data.dtype == torch.bfloat16:  # numpy has no bfloat16; only the bytes matter here
+            data = data.view(torch.uint16)
+        return self.graph.raw(name, self.onnx_dtype, tuple(value.shape), data.numpy())
