@@ -1,0 +1,1 @@
+"""Engine builders: one file per runtime."""
