@@ -1,0 +1,74 @@
+"""Causal LMs small enough to optimize in a second: random weights of every family, no download."""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin starve a shared machine
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+import transformers
+
+COMMON = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 288,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+SLIDING = {"head_dim": 32, "sliding_window": 16, "query_pre_attn_scalar": 32}
+# caps small enough to change what a random model computes
+CAPS = {"attn_logit_softcapping": 0.5, "final_logit_softcapping": 1.0}
+CONFIGS = {
+    "llama": lambda: transformers.LlamaConfig(**COMMON),
+    "mistral": lambda: transformers.MistralConfig(**COMMON, sliding_window=16),
+    "qwen2": lambda: transformers.Qwen2Config(**COMMON),
+    "qwen3": lambda: transformers.Qwen3Config(**COMMON, head_dim=32),
+    "phi3": lambda: transformers.Phi3Config(**COMMON),
+    "gemma2": lambda: transformers.Gemma2Config(**COMMON, **SLIDING, **CAPS),
+    "gemma3_text": lambda: transformers.Gemma3TextConfig(
+        **COMMON, **SLIDING, sliding_window_pattern=2
+    ),
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=288, n_positions=128, n_embd=64, n_layer=3, n_head=4,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    ),  # fmt: skip
+}
+FAMILIES = [*CONFIGS]
+
+
+def save_random(family, folder):
+    """A random model of this family: weights large enough that its logits are not flat."""
+    torch.manual_seed(0)
+    lm = transformers.AutoModelForCausalLM.from_config(CONFIGS[family]())
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            if parameter.dim() == 1:  # norms and biases that do nothing would test nothing
+                parameter += 0.1 * torch.randn_like(parameter)
+            else:
+                parameter *= 3
+    lm.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """tiny(family) -> folder of a model of 3 blocks with 128 tokens of context, made once."""
+    made = {}
+
+    def folder(family="llama"):
+        if family not in made:
+            made[family] = tmp_path_factory.mktemp(family)
+            save_random(family, made[family])
+        return made[family]
+
+    return folder
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return request.param
