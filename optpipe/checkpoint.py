@@ -80,6 +80,12 @@ class Checkpoint:
         return {name: Form(**form) for name, form in json.loads(file.read_text()).items()}
 
     @property
+    def head_is_embedding(self) -> bool:
+        """Whether the output projection has no weight of its own."""
+        head = (self.forms or {}).get(self.decoder.head)
+        return self.decoder.tied and (head is None or head.bits is None)
+
+    @property
     def dtype(self) -> torch.dtype:
         """What floating-point tensors are stored as."""
         dtype = self.config.dtype or torch.float32

@@ -13,6 +13,9 @@ from typing import Any
 
 from optpipe.errors import InputError
 
+HEAD = "lm_head"
+"""Name of the output projection in every family so far."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
@@ -58,9 +61,11 @@ class Decoder:
     blocks: tuple[Block, ...]
     embed: str
     final_norm: str
-    head: str
-    """Name of the output projection; its weight is that of ``embed`` if ``tied``."""
     tied: bool
+    head: str = HEAD
+    """Name of the output projection; its weight is that of ``embed`` if ``tied``."""
+    transposed: bool = False
+    """Whether the weights of the blocks are stored (in, out) instead of (out, in)."""
     positions: str | None = None
     """Learned position embeddings; None: rotary."""
     rotary: str | None = "model.rotary_emb"
@@ -125,7 +130,6 @@ def _llama(config: Any) -> Decoder:
         blocks=tuple(_llama_block(config, i) for i in range(config.num_hidden_layers)),
         embed="model.embed_tokens",
         final_norm="model.norm",
-        head="lm_head",
         tied=bool(config.tie_word_embeddings),
         eps=config.rms_norm_eps,
         activation=_activation(getattr(config, "hidden_activation", None) or config.hidden_act),
@@ -213,8 +217,8 @@ def _gpt2(config: Any) -> Decoder:
         embed="transformer.wte",
         positions="transformer.wpe",
         rotary=None,
+        transposed=True,
         final_norm="transformer.ln_f",
-        head="lm_head",
         tied=bool(config.tie_word_embeddings),
         norm="layer",
         eps=config.layer_norm_epsilon,

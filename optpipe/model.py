@@ -75,16 +75,18 @@ def layer(
     name: str, forms: Layers, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32
 ) -> nn.Module:
     """One linear layer in its stored form, floating-point tensors as ``dtype``."""
+    if name == checkpoint.decoder.head and checkpoint.head_is_embedding:
+        weight = checkpoint.get(f"{checkpoint.decoder.embed}.weight")
+        assert weight is not None
+        return dense(weight.to(dtype), None)
     if name in forms:
         return _cast(decode(name, forms[name], checkpoint.get), dtype)
     if f"{name}.left" in forms:
         parts = (layer(f"{name}.{side}", forms, checkpoint, dtype) for side in ("right", "left"))
         return LowRank(*parts)
     weight, bias = checkpoint.get(f"{name}.weight"), checkpoint.get(f"{name}.bias")
-    if weight is None and checkpoint.decoder.tied and name == checkpoint.decoder.head:
-        weight = checkpoint.get(f"{checkpoint.decoder.embed}.weight")
     assert weight is not None, name
-    if checkpoint.decoder.family == "gpt2" and name != checkpoint.decoder.head:
+    if checkpoint.decoder.transposed and name != checkpoint.decoder.head:
         weight = weight.T.contiguous()
     return dense(weight.to(dtype), None if bias is None else bias.to(dtype))
 
@@ -136,7 +138,7 @@ def _linears(module: nn.Module, block: str) -> list[str]:
 
 def _insert_head(lm: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
     head, forms = checkpoint.decoder.head, checkpoint.forms or {}
-    if head in forms:
+    if head in forms and not checkpoint.head_is_embedding:
         lm.set_submodule(head, layer(head, forms, checkpoint, dtype))
 
 

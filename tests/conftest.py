@@ -69,6 +69,30 @@ def tiny(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def families():
+    return FAMILIES
+
+
 @pytest.fixture(params=FAMILIES)
 def family(request):
     return request.param
+
+
+@pytest.fixture
+def run(tmp_path):
+    """run(stage, folder or artifact) -> artifact of that stage; run.calib is a small calibration."""
+    from optpipe.artifact import Artifact
+    from optpipe.calibrate import Calib
+
+    def call(stage, source):
+        if not isinstance(source, Artifact):
+            source = Artifact(path=source, format="hf", key="k")
+        out = tmp_path / f"{len([*tmp_path.iterdir()])}"
+        out.mkdir()
+        stats = stage.run(source, out, lambda *_: None)
+        lineage = (*source.lineage, type(stage).__name__.lower())
+        return Artifact(path=out, format=stage.produces, key="k", lineage=lineage, stats=stats)
+
+    call.calib = Calib(source="random", samples=4, tokens=32)
+    return call

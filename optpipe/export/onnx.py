@@ -90,6 +90,7 @@ class Emitter:
     ) -> None:
         self.checkpoint = checkpoint
         self.decoder: Decoder = checkpoint.decoder
+        self.tables = _rotary_tables(checkpoint, capacity)
         self.graph = Graph(out)
         self.weights = Weights(self.graph, checkpoint, dtype)
         self.attention = Attention(self.graph, self.weights, self.decoder, capacity)
@@ -98,7 +99,7 @@ class Emitter:
     def emit(self, progress: Progress) -> None:
         blocks = self.decoder.blocks
         self._inputs()
-        self.attention.rotary_tables(_rotary_tables(self.checkpoint, self.capacity))
+        self.attention.rotary_tables(self.tables)
         x = self._embed()
         for index, block in enumerate(blocks):
             progress(block.name, index, len(blocks))
@@ -170,7 +171,7 @@ class Emitter:
         x = g.node("GatherND", [x, indices], "wanted", batch_dims=1)
         x = self.weights.norm(x, d.final_norm)
         final = "logits/raw" if d.logit_softcap else "logits"
-        if d.tied and d.head not in (self.checkpoint.forms or {}):
+        if self.checkpoint.head_is_embedding:
             table = g.node("Transpose", [f"{d.embed}.weight"], "head", perm=[1, 0])
             x = g.node("MatMul", [x, table], final)
         else:
@@ -204,7 +205,7 @@ def _check_rope(checkpoint: Checkpoint, capacity: int) -> None:
     for entry in (rope, *(v for v in rope.values() if isinstance(v, dict))):
         kind = entry.get("rope_type", "default")
         limit = entry.get("original_max_position_embeddings", checkpoint.decoder.context)
-        if kind in ("dynamic", "longrope") and capacity > limit:
+        if kind == "longrope" and capacity > limit:
             raise InputError(
                 f"rope type '{kind}' changes its table beyond {limit} tokens, which a static graph "
                 f"cannot; set export.capacity to at most {limit}, got {capacity}"

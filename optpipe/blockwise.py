@@ -1,0 +1,228 @@
+"""A model rewritten layer by layer, with one decoder block in memory at a time.
+
+A method that looks at data sees, for each layer, the inputs that the model gives it once all blocks
+before are compressed (the sequential scheme of SparseGPT, arXiv:2301.00774, and GPTQ,
+arXiv:2210.17323); the layers of one block are all observed before the first of them changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from optpipe import model
+from optpipe.artifact import Artifact
+from optpipe.calibrate import Statistic
+from optpipe.checkpoint import Checkpoint, Writer
+from optpipe.family import HEAD, Block
+from optpipe.linear import Form, Layers, LowRank, Quantized, encode, mask_of
+from optpipe.stage import Progress
+
+Change = Callable[[str, nn.Module, Any], nn.Module]
+"""(layer name, layer, statistic of its inputs or None) -> what takes its place."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observation:
+    """What to look at before layers change."""
+
+    ids_ST: Tensor
+    wanted: frozenset[str]
+    """Names of the layers whose inputs are needed."""
+    statistic: Callable[[int], Statistic]
+    """Makes an empty statistic for a number of inputs."""
+
+
+@dataclass
+class _Flow:
+    """Hidden states of all samples on their way through the blocks."""
+
+    hidden: list[Tensor]
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    """What the model hands each block besides the hidden state: masks and rotations."""
+
+
+def select(layers: Layers, targets: Iterable[str], head: bool = False) -> frozenset[str]:
+    """Names in the blocks that match a pattern, and that of the output projection if ``head``.
+
+    Raises ValueError for a pattern that matches none.
+    """
+    names = [name for name in layers if name != HEAD]
+    chosen = {HEAD} if head else set()
+    for pattern in targets:
+        found = [name for name in names if fnmatch(name, pattern)]
+        if not found:
+            raise ValueError(
+                f"target '{pattern}' matches none of {len(names)} layers, such as {names[0]}"
+            )
+        chosen.update(found)
+    return frozenset(chosen)
+
+
+@torch.no_grad()
+def rewrite(
+    source: Artifact,
+    out: Path,
+    planned: Layers,
+    change: Change,
+    progress: Progress,
+    observation: Observation | None = None,
+) -> None:
+    """Pass every layer through ``change`` and write the model in its ``planned`` forms."""
+    checkpoint = Checkpoint(source.path)
+    writer, lm = Writer(out, checkpoint), model.skeleton(checkpoint)
+    blocks = checkpoint.decoder.blocks
+    flow = _start(lm, blocks, observation.ids_ST) if observation else None
+    total = len(model.layers(checkpoint))
+    done = 0
+    for index, block in enumerate(blocks):
+        progress(block.name, done, total)
+        module = model.fill(lm, block.name, checkpoint, torch.float32)
+        seen = _observe(lm, block, index, flow, observation) if flow and observation else {}
+        for name, layer in list(model.block_linears(lm, block)):
+            progress(name, done, total)
+            lm.set_submodule(name, change(name, layer, seen.pop(name, None)))
+            done += 1
+        if flow:
+            flow.hidden = [_call(module, flow, index, h) for h in flow.hidden]
+        writer.add(block.name, _block_tensors(lm, block, checkpoint, planned))
+        model.drop(lm, block.name)
+    _write_head(lm, checkpoint, writer, planned, _head_change(lm, change, flow, observation))
+    writer.close(planned)
+
+
+def _start(lm: PreTrainedModel, blocks: tuple[Block, ...], ids_ST: Tensor) -> _Flow:
+    """The input of the first block for each sample, and the other arguments of every block.
+
+    The blocks, still without weights, are made to note what they are called with.
+    """
+    flow = _Flow([], [])
+    modules = [lm.get_submodule(block.name) for block in blocks]
+
+    def recorder(index: int) -> Callable[..., Tensor]:
+        def record(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if index == 0:
+                flow.hidden.append(hidden)
+            if len(flow.calls) == index:  # the same for every sample: they are equally long
+                flow.calls.append((args, kwargs))
+            return hidden
+
+        return record
+
+    for index, module in enumerate(modules):
+        module.forward = recorder(index)
+    for ids_T in ids_ST:
+        lm.base_model(ids_T[None], use_cache=False)
+    for module in modules:
+        del module.forward
+    return flow
+
+
+def _call(module: nn.Module, flow: _Flow, index: int, hidden: Tensor) -> Tensor:
+    args, kwargs = flow.calls[index]
+    result = module(hidden, *args, **kwargs)
+    assert isinstance(result, Tensor), type(result)
+    return result
+
+
+def _observe(
+    lm: PreTrainedModel, block: Block, index: int, flow: _Flow, observation: Observation
+) -> dict[str, Statistic]:
+    """Run the block on every sample and collect what its wanted layers are fed."""
+    seen: dict[str, Statistic] = {}
+    hooks = []
+    for name, layer in model.block_linears(lm, block):
+        if name in observation.wanted:
+            seen[name] = observation.statistic(_inputs(layer))
+            hooks.append(layer.register_forward_pre_hook(_feed(seen[name])))
+    if hooks:
+        for hidden in flow.hidden:
+            _call(lm.get_submodule(block.name), flow, index, hidden)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def _feed(statistic: Statistic) -> Callable[[nn.Module, tuple[Tensor]], None]:
+    def hook(_: nn.Module, args: tuple[Tensor]) -> None:  # what a hook returns becomes the input
+        statistic.add(args[0].reshape(-1, args[0].shape[-1]))
+
+    return hook
+
+
+def _inputs(layer: nn.Module) -> int:
+    if isinstance(layer, Quantized):
+        return layer.form.cols
+    assert isinstance(layer, nn.Linear)
+    return layer.in_features
+
+
+def _head_change(
+    lm: PreTrainedModel, change: Change, flow: _Flow | None, observation: Observation | None
+) -> Callable[[str, str], nn.Module]:
+    """Changes the head, whose inputs are the final hidden states after their norm."""
+
+    def changed(head: str, norm: str) -> nn.Module:
+        layer, statistic = lm.get_submodule(head), None
+        if flow and observation and head in observation.wanted:
+            statistic = observation.statistic(_inputs(layer))
+            for hidden in flow.hidden:
+                normed = lm.get_submodule(norm)(hidden)
+                statistic.add(normed.reshape(-1, normed.shape[-1]))
+        return change(head, layer, statistic)
+
+    return changed
+
+
+def _write_head(
+    lm: PreTrainedModel,
+    checkpoint: Checkpoint,
+    writer: Writer,
+    planned: Layers,
+    changed: Callable[[str, str], nn.Module],
+) -> None:
+    """Store the head, if it has a weight of its own, and all that is neither head nor block."""
+    decoder = checkpoint.decoder
+    head = changed(decoder.head, decoder.final_norm)
+    if not (decoder.tied and planned[decoder.head].bits is None):
+        writer.add(decoder.head, _stored(decoder.head, head, planned[decoder.head], checkpoint))
+    elsewhere = (f"{decoder.head}.", *(f"{block.name}." for block in decoder.blocks))
+    rest = [name for name in checkpoint.files if not name.startswith(elsewhere)]
+    writer.add("rest", {name: _tensor(checkpoint, name) for name in rest})
+
+
+def _block_tensors(
+    lm: PreTrainedModel, block: Block, checkpoint: Checkpoint, planned: Layers
+) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for name, layer in model.block_linears(lm, block):
+        tensors |= _stored(name, layer, planned[name], checkpoint)
+    layers = tuple(f"{name}." for name in block.linears)
+    for name in checkpoint.files:
+        if name.startswith(f"{block.name}.") and not name.startswith(layers):
+            tensors[name] = _tensor(checkpoint, name)
+    return tensors
+
+
+def _stored(name: str, layer: nn.Module, form: Form, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The tensors of a layer, which must have become what was planned."""
+    assert not isinstance(layer, LowRank), name
+    if isinstance(layer, Quantized):
+        assert layer.form == form, (name, layer.form, form)
+    else:
+        assert form.bits is None and layer.weight.shape == (form.rows, form.cols), (name, form)
+    assert (mask_of(layer) is not None) == (form.pattern is not None), (name, form)
+    return encode(name, layer, form, checkpoint.dtype)
+
+
+def _tensor(checkpoint: Checkpoint, name: str) -> Tensor:
+    tensor = checkpoint.get(name)
+    assert tensor is not None, name
+    return tensor

@@ -1,0 +1,111 @@
+"""Calibration data: what text a method looks at, and what it keeps of a layer's inputs.
+
+Shapes: S samples, T tokens of each, N rows of inputs, C inputs of a linear layer.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from optpipe.checkpoint import Checkpoint
+from optpipe.errors import InputError
+from optpipe.text import tokenize
+
+BUNDLED = Path(__file__).parent / "demo" / "calibration.txt"
+SOURCES = ("text", "random")
+
+
+@dataclass(kw_only=True)  # not frozen: OmegaConf cannot merge into a frozen nested dataclass
+class Calib:
+    """Seeded windows of a text, or random tokens for models whose weights are random anyway."""
+
+    source: str = "text"
+    """'text' or 'random'."""
+    path: str | None = None
+    """A .txt file, or .jsonl with a 'text' in each line; null: the bundled calibration text."""
+    samples: int = 64
+    tokens: int = 512
+    """Length of each sample, tokens. 64 x 512 are 43 tokens for each input of the demo's widest
+    layer; second-order methods want at least 8, better 16."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.source not in SOURCES:
+            raise ValueError(f"source must be one of {SOURCES}, got '{self.source}'")
+        if self.samples < 1 or self.tokens < 2:
+            raise ValueError(
+                f"at least 1 sample of 2 tokens is needed, got {self.samples} x {self.tokens}"
+            )
+
+    def ids(self, checkpoint: Checkpoint) -> Tensor:
+        """Token ids, (S, T). Raises InputError if the text is too short or cannot be read."""
+        context = checkpoint.decoder.context
+        if self.tokens > context:
+            raise InputError(f"calib.tokens={self.tokens} exceeds the context of {context} tokens")
+        generator = torch.Generator().manual_seed(self.seed)
+        if self.source == "random":
+            shape = (self.samples, self.tokens)
+            return torch.randint(checkpoint.decoder.vocab, shape, generator=generator)
+        ids = torch.tensor(tokenize(checkpoint.path, self._text()))
+        windows = len(ids) // self.tokens
+        if windows < self.samples:
+            raise InputError(
+                f"calib.samples={self.samples} windows of calib.tokens={self.tokens} need "
+                f"{self.samples * self.tokens} tokens, but the text has {len(ids)}"
+            )
+        chosen = torch.randperm(windows, generator=generator)[: self.samples].sort().values
+        return ids[: windows * self.tokens].reshape(windows, self.tokens)[chosen]
+
+    def facts(self) -> dict[str, object]:
+        """What a report says about the calibration."""
+        text = self.path or BUNDLED.name if self.source == "text" else None
+        return {"calib_text": text, "calib_tokens": self.samples * self.tokens, "seed": self.seed}
+
+    def _text(self) -> str:
+        file = Path(self.path) if self.path else BUNDLED
+        try:
+            content = file.read_text(encoding="utf-8")
+            if file.suffix == ".jsonl":
+                return "\n\n".join(json.loads(line)["text"] for line in content.splitlines())
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"cannot read calib.path '{file}': {error}") from error
+        return content
+
+
+class Squares:
+    """Sum of the squares of each input."""
+
+    def __init__(self, inputs: int) -> None:
+        self.sum_C = torch.zeros(inputs, dtype=torch.float64)
+
+    def add(self, x_NC: Tensor) -> None:
+        self.sum_C += x_NC.double().square().sum(0)
+
+    @property
+    def norm_C(self) -> Tensor:
+        return self.sum_C.sqrt()
+
+
+class Gram:
+    """X^T X / N of a layer's inputs, in float64."""
+
+    def __init__(self, inputs: int) -> None:
+        self._sum_CC = torch.zeros(inputs, inputs, dtype=torch.float64)
+        self.count = 0
+
+    def add(self, x_NC: Tensor) -> None:
+        # products in float32 are exact enough within one sample; adding them up is not
+        self._sum_CC += (x_NC.T @ x_NC).double()
+        self.count += len(x_NC)
+
+    @property
+    def mean_CC(self) -> Tensor:
+        return self._sum_CC / self.count
+
+
+Statistic = Squares | Gram

@@ -1,0 +1,108 @@
+"""What low-rank methods share: which layers, which rank, and two factors in place of a weight.
+
+Shapes: R outputs, C inputs, K rank.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optpipe import model
+from optpipe.artifact import Artifact, Stats
+from optpipe.blockwise import Observation, rewrite, select
+from optpipe.checkpoint import Checkpoint
+from optpipe.linear import Form, Layers, LowRank, dense
+from optpipe.stage import Progress, Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factorize(Stage):
+    """W (R, C) becomes left (R, K) @ right (K, C)."""
+
+    keep: float = 0.8
+    """Share of a layer's parameters that its two factors may take, above 0 and below 1."""
+    rank_multiple: int = 32
+    """Ranks are rounded down to a multiple of this: a later quantization wants whole groups along
+    the rank, and matrix units whole tiles."""
+    targets: list[str] = field(default_factory=lambda: ["*"])
+    """Patterns of layer names, such as '*.o_proj'."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep < 1:
+            raise ValueError(f"keep must be above 0 and below 1, got {self.keep}")
+        if self.rank_multiple < 1:
+            raise ValueError(f"rank_multiple must be at least 1, got {self.rank_multiple}")
+
+    def rank(self, form: Form) -> int:
+        """floor(keep * R * C / (R + C)), rounded down to a multiple of ``rank_multiple``."""
+        budget = int(self.keep * form.rows * form.cols / (form.rows + form.cols))
+        return budget - budget % self.rank_multiple
+
+    def plan(self, layers: Layers) -> Layers:
+        chosen = select(layers, self.targets)
+        planned: Layers = {}
+        for name, form in layers.items():
+            if name not in chosen:
+                planned[name] = form
+                continue
+            rank = self._checked_rank(name, form)
+            planned[f"{name}.right"] = Form(rows=rank, cols=form.cols)
+            planned[f"{name}.left"] = Form(rows=form.rows, cols=rank)
+        return planned
+
+    def _checked_rank(self, name: str, form: Form) -> int:
+        if form.bits is not None:
+            raise ValueError(f"layer '{name}' is quantized already; factorize before that")
+        if form.pattern is not None:
+            raise ValueError(
+                f"layer '{name}' is pruned ({form.pattern}); two factors would lose its mask"
+            )
+        if name.endswith((".left", ".right")):
+            raise ValueError(f"layer '{name}' is a factor already")
+        if (rank := self.rank(form)) < 1:
+            raise ValueError(
+                f"keep={self.keep} leaves layer '{name}' ({form.rows} x {form.cols}) no rank that "
+                f"is a multiple of {self.rank_multiple}; raise keep or lower rank_multiple"
+            )
+        return rank
+
+    @abstractmethod
+    def factors(self, weight_RC: Tensor, rank: int, statistic: Any) -> tuple[Tensor, Tensor]:
+        """left (R, K) and right (K, C); ``statistic`` as asked for in ``observation``."""
+
+    def observation(self, checkpoint: Checkpoint, wanted: frozenset[str]) -> Observation | None:
+        """What the factors need to know of the inputs of the layers."""
+        return None
+
+    def run(self, source: Artifact, out: Path, progress: Progress) -> Stats:
+        checkpoint = Checkpoint(source.path)
+        layers = model.layers(checkpoint)
+        chosen = select(layers, self.targets)
+
+        def change(name: str, layer: nn.Module, statistic: Any) -> nn.Module:
+            if name not in chosen:
+                return layer
+            assert isinstance(layer, nn.Linear)
+            rank = self.rank(layers[name])
+            left, right = self.factors(layer.weight.double(), rank, statistic)
+            return LowRank(dense(right.float(), None), dense(left.float(), layer.bias))
+
+        observation = self.observation(checkpoint, chosen)
+        rewrite(source, out, self.plan(layers), change, progress, observation)
+        return {"ranks": {name: self.rank(layers[name]) for name in layers if name in chosen}}
+
+
+def truncated(weight_RC: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The best factors in the Frobenius norm, singular values split evenly between them.
+
+    Even factors are of one size: half precision and integer grids suit both.
+    """
+    u, s, v = torch.linalg.svd(weight_RC, full_matrices=False)
+    root = s[:rank].sqrt()
+    return u[:, :rank] * root, root[:, None] * v[:rank]

@@ -1,0 +1,112 @@
+"""Which weights a pruning method keeps, given a score. Shapes: R outputs, C inputs."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optpipe import model
+from optpipe.artifact import Artifact, Stats
+from optpipe.blockwise import Observation, rewrite, select
+from optpipe.checkpoint import Checkpoint
+from optpipe.linear import Layers, dense
+from optpipe.stage import Progress, Stage
+
+ROW = "row"
+
+
+def parse_pattern(pattern: str) -> tuple[int, int] | None:
+    """'2:4' -> (2, 4): keep 2 of every 4 inputs. 'row' -> None: no structure within a row."""
+    if pattern == ROW:
+        return None
+    parts = pattern.split(":")
+    if len(parts) != 2 or not all(part.isdigit() for part in parts):
+        raise ValueError(f"pattern must be 'row' or N:M, such as '2:4', got '{pattern}'")
+    keep, of = map(int, parts)
+    if not 0 < keep < of:
+        raise ValueError(f"pattern N:M keeps N of every M, 0 < N < M, got '{pattern}'")
+    return keep, of
+
+
+def keep_mask(score_RC: Tensor, sparsity: float, pattern: str) -> Tensor:
+    """True for the weights of highest score: of each row, or of each group of M inputs.
+
+    Exactly round(sparsity * C) weights of a row go; on a tie the earlier ones do.
+    """
+    rows, cols = score_RC.shape
+    if (n_m := parse_pattern(pattern)) is None:
+        groups, drop = score_RC.unsqueeze(1), round(sparsity * cols)
+    else:
+        keep, of = n_m
+        groups, drop = score_RC.reshape(rows, cols // of, of), of - keep
+    order = groups.argsort(dim=-1, stable=True)[..., :drop]
+    return torch.ones_like(groups, dtype=torch.bool).scatter_(-1, order, False).reshape(rows, cols)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prune(Stage):
+    """What pruning methods share; each adds its score."""
+
+    sparsity: float = 0.5
+    """Share of weights to drop, 0 to 1; an N:M pattern fixes it instead."""
+    pattern: str = ROW
+    """'row' drops freely within each row; 'N:M' keeps N of every M inputs."""
+    targets: list[str] = field(default_factory=lambda: ["*"])
+    """Patterns of layer names, such as '*.mlp.*'."""
+
+    def __post_init__(self) -> None:
+        parse_pattern(self.pattern)
+        if not 0 <= self.sparsity < 1:
+            raise ValueError(f"sparsity must be at least 0 and below 1, got {self.sparsity}")
+
+    @property
+    def density(self) -> float:
+        n_m = parse_pattern(self.pattern)
+        return n_m[0] / n_m[1] if n_m else 1 - self.sparsity
+
+    def plan(self, layers: Layers) -> Layers:
+        planned = dict(layers)
+        of = (parse_pattern(self.pattern) or (1, 1))[1]
+        for name in select(layers, self.targets):
+            form = layers[name]
+            if form.bits is not None:
+                raise ValueError(f"layer '{name}' is quantized already; prune before that")
+            if form.pattern is not None:
+                raise ValueError(f"layer '{name}' is pruned already ({form.pattern})")
+            if form.cols % of:
+                raise ValueError(
+                    f"pattern {self.pattern} does not fit layer '{name}': {of} does not divide "
+                    f"its {form.cols} inputs"
+                )
+            planned[name] = replace(form, pattern=self.pattern)
+        return planned
+
+    @abstractmethod
+    def score(self, weight_RC: Tensor, statistic: Any) -> Tensor:
+        """How much each weight matters, (R, C); ``statistic`` as asked for in ``observation``."""
+
+    def observation(self, checkpoint: Checkpoint, wanted: frozenset[str]) -> Observation | None:
+        """What the score needs to know of the inputs of the layers."""
+        return None
+
+    def run(self, source: Artifact, out: Path, progress: Progress) -> Stats:
+        checkpoint = Checkpoint(source.path)
+        layers = model.layers(checkpoint)
+        chosen = select(layers, self.targets)
+
+        def change(name: str, layer: nn.Module, statistic: Any) -> nn.Module:
+            if name not in chosen:
+                return layer
+            assert isinstance(layer, nn.Linear)
+            mask = keep_mask(self.score(layer.weight, statistic), self.sparsity, self.pattern)
+            return dense(layer.weight * mask, layer.bias, mask)
+
+        observation = self.observation(checkpoint, chosen)
+        rewrite(source, out, self.plan(layers), change, progress, observation)
+        gone = sum(layers[n].rows * layers[n].cols for n in chosen) * (1 - self.density)
+        return {"sparsity": gone / sum(form.rows * form.cols for form in layers.values())}

@@ -1,0 +1,27 @@
+"""Wanda: drop weights by |weight| x norm of their input (Sun et al. 2023, arXiv:2306.11695)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from optpipe.blockwise import Observation
+from optpipe.calibrate import Calib, Squares
+from optpipe.checkpoint import Checkpoint
+from optpipe.prune.mask import Prune
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanda(Prune):
+    """Compares the weights of one output with each other; kept weights do not change."""
+
+    calib: Calib = field(default_factory=Calib)
+
+    def score(self, weight_RC: Tensor, statistic: Squares) -> Tensor:
+        """Eq. 1 of the paper."""
+        return weight_RC.abs() * statistic.norm_C.to(weight_RC.dtype)
+
+    def observation(self, checkpoint: Checkpoint, wanted: frozenset[str]) -> Observation:
+        ids_ST = self.calib.ids(checkpoint)
+        return Observation(ids_ST=ids_ST, wanted=wanted, statistic=Squares)

@@ -1,0 +1,1 @@
+"""Weight quantization: one file per method."""

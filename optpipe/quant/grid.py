@@ -1,0 +1,159 @@
+"""The integer grids of weights, and what quantization methods share.
+
+Shapes: R outputs, C inputs, G groups of inputs that share a scale. weight = (code - zero) * scale.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optpipe import model
+from optpipe.artifact import Artifact, Stats
+from optpipe.blockwise import Observation, rewrite, select
+from optpipe.checkpoint import Checkpoint
+from optpipe.linear import PER_CHANNEL, Form, Layers, Quantized, mask_of
+from optpipe.stage import Progress, Stage
+
+BITS = (2, 3, 4, 8)
+GROUP_SIZES = (PER_CHANNEL, 32, 64, 128)
+HALF = torch.finfo(torch.float16)
+TINIEST_SCALE = HALF.smallest_normal
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Scales and zero points of one weight; values between them are what its codes can say."""
+
+    form: Form
+    scales_RG: Tensor
+    """float16: rounded before any code is chosen, so that what is stored is what was meant."""
+    zeros_RG: Tensor
+    """uint8; 2 ** (bits - 1) throughout if symmetric."""
+
+    def encode(self, weight_RC: Tensor) -> Tensor:
+        """The nearest codes, uint8 (R, C)."""
+        scales, zeros = self._spread()
+        codes = (weight_RC / scales).round() + zeros
+        return codes.clamp(0, self.top).to(torch.uint8)
+
+    def column(self, weight_R: Tensor, column: int) -> tuple[Tensor, Tensor]:
+        """Nearest codes of one column, uint8 (R), and the weights they stand for, (R)."""
+        group = 0 if self.form.groups == 1 else column // self.form.group_size
+        scale = self.scales_RG[:, group].to(weight_R.dtype)
+        zero = self.zeros_RG[:, group].to(weight_R.dtype)
+        codes = ((weight_R / scale).round() + zero).clamp(0, self.top)
+        return codes.to(torch.uint8), (codes - zero) * scale
+
+    def module(self, codes_RC: Tensor, layer: nn.Module) -> Quantized:
+        """The quantized layer, with the bias and the mask of the one it replaces."""
+        quantized = Quantized(self.form, codes_RC, self.scales_RG)
+        quantized.zeros = None if self.form.symmetric else self.zeros_RG
+        quantized.mask = mask_of(layer)
+        bias = layer.bias
+        quantized.bias = bias if isinstance(bias, Tensor) else None
+        return quantized
+
+    @property
+    def top(self) -> int:
+        assert self.form.bits is not None
+        return int(2**self.form.bits - 1)
+
+    def _spread(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero of every weight, (R, C)."""
+        width = self.form.cols // self.form.groups
+        wide = (t.float().repeat_interleave(width, dim=1) for t in (self.scales_RG, self.zeros_RG))
+        scales, zeros = wide
+        return scales, zeros
+
+
+def fit(weight_RC: Tensor, form: Form) -> Grid:
+    """The grid that spans each group from its smallest to its largest weight, and zero."""
+    assert form.bits is not None
+    groups = weight_RC.float().reshape(form.rows, form.groups, -1)
+    top = 2**form.bits - 1
+    if form.symmetric:
+        scales = _half(groups.abs().amax(-1) / (top // 2))
+        return Grid(form, scales, torch.full_like(scales, top // 2 + 1).to(torch.uint8))
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    scales = _half((high - low) / top)
+    zeros = (-low / scales.float()).round().clamp(0, top)
+    return Grid(form, scales, zeros.to(torch.uint8))
+
+
+def _half(scales: Tensor) -> Tensor:
+    """As float16; a group of zeros gets scale 1. Raises ValueError beyond what float16 holds."""
+    if bool((scales > HALF.max).any()):
+        raise ValueError(f"a weight of {float(scales.max()):.3g} steps is beyond a float16 scale")
+    scales = torch.where(scales == 0, torch.ones_like(scales), scales)
+    return scales.clamp(min=TINIEST_SCALE).half()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantize(Stage):
+    """Weight-only quantization; each method chooses the codes its own way."""
+
+    bits: int = 4
+    """2, 3, 4 or 8."""
+    group_size: int = 128
+    """Inputs that share a scale: 32, 64 or 128; -1: all of an output channel."""
+    symmetric: bool = True
+    """Without zero points; TensorRT and most kernels take nothing else."""
+    head: bool = False
+    """Also quantize the output projection; where it is tied, the embedding stays as it is."""
+    targets: list[str] = field(default_factory=lambda: ["*"])
+    """Patterns of layer names, the head aside."""
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise ValueError(f"bits must be one of {BITS}, got {self.bits}")
+        if self.group_size not in GROUP_SIZES:
+            raise ValueError(f"group_size must be one of {GROUP_SIZES}, got {self.group_size}")
+
+    def plan(self, layers: Layers) -> Layers:
+        planned = dict(layers)
+        for name in select(layers, self.targets, self.head):
+            form = layers[name]
+            if form.bits is not None:
+                raise ValueError(f"layer '{name}' is quantized already, to {form.bits} bits")
+            if self.group_size != PER_CHANNEL and form.cols % self.group_size:
+                raise ValueError(
+                    f"group_size={self.group_size} does not divide the {form.cols} inputs of layer "
+                    f"'{name}'; allowed are {[g for g in GROUP_SIZES if form.cols % g == 0]}"
+                )
+            planned[name] = replace(
+                form, bits=self.bits, group_size=self.group_size, symmetric=self.symmetric
+            )
+        return planned
+
+    @abstractmethod
+    def quantize(
+        self, layer: nn.Module, weight_RC: Tensor, form: Form, statistic: Any
+    ) -> Quantized:
+        """The layer with codes; ``statistic`` as asked for in ``observation``."""
+
+    def observation(self, checkpoint: Checkpoint, wanted: frozenset[str]) -> Observation | None:
+        """What the method needs to know of the inputs of the layers."""
+        return None
+
+    def run(self, source: Artifact, out: Path, progress: Progress) -> Stats:
+        checkpoint = Checkpoint(source.path)
+        layers = model.layers(checkpoint)
+        planned = self.plan(layers)
+        chosen = select(layers, self.targets, self.head)
+
+        def change(name: str, layer: nn.Module, statistic: Any) -> nn.Module:
+            if name not in chosen:
+                return layer
+            assert isinstance(layer, nn.Linear)
+            return self.quantize(layer, layer.weight, planned[name], statistic)
+
+        rewrite(source, out, planned, change, progress, self.observation(checkpoint, chosen))
+        bits = sum(form.stored_bits() for form in planned.values() if form.bits)
+        weights = sum(form.rows * form.cols for form in planned.values() if form.bits)
+        return {"bits": self.bits, "bits_per_quantized_weight": bits / weights}

@@ -1,0 +1,31 @@
+"""Text to token ids, with the tokenizer that lies in a model folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from optpipe.errors import InputError
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+
+
+def tokenize(folder: Path, text: str) -> list[int]:
+    """Token ids without special tokens. Raises InputError if the folder has no tokenizer."""
+    if not has_tokenizer(folder):
+        raise InputError(f"model folder '{folder}' has no tokenizer; use calib=random")
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    # a whole text is longer than any context; we cut it into windows ourselves
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def leading(folder: Path) -> list[int]:
+    """What the tokenizer puts before every text: the begin-of-text token, or nothing."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    ids: list[int] = tokenizer("")["input_ids"]
+    bos: int | None = tokenizer.bos_token_id
+    return ids[:1] if bos is not None and ids[:1] == [bos] else []

@@ -1,0 +1,74 @@
+"""Grids against their definition."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from optpipe.linear import Form
+from optpipe.quant.grid import fit
+from optpipe.quant.rtn import Rtn
+
+FORMS = st.builds(
+    Form, rows=st.just(6), cols=st.just(64), bits=st.sampled_from([2, 3, 4, 8]),
+    group_size=st.sampled_from([32, -1]), symmetric=st.booleans(),
+)  # fmt: skip
+
+
+def dequantized(weight, form):
+    grid = fit(weight, form)
+    return grid.module(grid.encode(weight), torch.nn.Linear(64, 6, bias=False)).dequantize(), grid
+
+
+@settings(deadline=None)
+@given(form=FORMS, seed=st.integers(0, 20), scale=st.sampled_from([1e-3, 0.02, 1.0, 50.0]))
+def test_no_weight_moves_further_than_half_a_step(form, seed, scale):
+    weight = scale * torch.randn(6, 64, generator=torch.Generator().manual_seed(seed))
+    rounded, grid = dequantized(weight, form)
+    step = grid.scales_RG.float().repeat_interleave(64 // form.groups, 1)
+    # a scale rounded down to float16 leaves the outermost weights a little outside
+    slack = 2**-10 * 2 ** (form.bits - 1)
+    assert ((rounded - weight).abs() <= step * (0.5 + slack) + 1e-7).all()
+
+
+@settings(deadline=None)
+@given(form=FORMS, seed=st.integers(0, 20))
+def test_rounding_again_changes_nothing(form, seed):
+    weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(seed))
+    once, grid = dequantized(weight, form)
+    assert torch.equal(grid.encode(once), grid.encode(weight))
+
+
+@settings(deadline=None)
+@given(form=FORMS, seed=st.integers(0, 20))
+def test_zero_stays_zero(form, seed):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(6, 64, generator=generator) + 0.5
+    gone = torch.rand(6, 64, generator=generator) < 0.5
+    rounded, _ = dequantized(weight.masked_fill(gone, 0), form)
+    assert not rounded[gone].any()
+
+
+def test_against_torch_fake_quantize():
+    weight = torch.randn(4, 32)
+    form = Form(rows=4, cols=32, bits=4, group_size=32, symmetric=False)
+    grid = fit(weight, form)
+    expected = torch.fake_quantize_per_channel_affine(
+        weight, grid.scales_RG[:, 0].float(), grid.zeros_RG[:, 0].int(), 0, 0, 15
+    )
+    module = grid.module(grid.encode(weight), torch.nn.Linear(32, 4))
+    torch.testing.assert_close(module.dequantize(), expected, atol=1e-6, rtol=0)
+
+
+def test_group_of_zeros_and_too_large_weights():
+    form = Form(rows=2, cols=64, bits=4, group_size=32)
+    assert not dequantized(torch.zeros(6, 64), Form(rows=6, cols=64, bits=4))[0].any()
+    with pytest.raises(ValueError, match="float16"):
+        fit(torch.full((2, 64), 1e6), form)
+
+
+@pytest.mark.parametrize("fields", [{"bits": 5}, {"bits": 16}, {"group_size": 100}])
+def test_bad_fields_are_refused(fields):
+    name, value = next(iter(fields.items()))
+    with pytest.raises(ValueError, match=f"{name} must be one of .* got {value}"):
+        Rtn(**fields)

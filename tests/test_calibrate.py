@@ -1,0 +1,76 @@
+"""Calibration data and what is kept of it."""
+
+import json
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from optpipe.calibrate import Calib, Gram, Squares
+from optpipe.checkpoint import Checkpoint
+from optpipe.errors import InputError
+
+
+@pytest.fixture
+def folder(tiny, tmp_path):
+    """The tiny model with a tokenizer: one token a word 'w0' ... 'w199'."""
+    for file in tiny().iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(200)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    return tmp_path
+
+
+def words(count):
+    return " ".join(f"w{i % 200}" for i in range(count))
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_windows_are_seeded_and_do_not_overlap(folder, tmp_path, kind):
+    file = tmp_path / f"text.{kind}"
+    file.write_text(words(200) if kind == "txt" else json.dumps({"text": words(200)}))
+    calib = Calib(path=str(file), samples=5, tokens=16, seed=3)
+    ids = calib.ids(Checkpoint(folder))
+    assert ids.shape == (5, 16)
+    assert ids.flatten().unique().numel() == 80
+    assert ((ids[:, 1:] - ids[:, :-1]) == 1).all()
+    assert torch.equal(ids, calib.ids(Checkpoint(folder)))
+    other = Calib(path=str(file), samples=5, tokens=16, seed=4)
+    assert not torch.equal(ids, other.ids(Checkpoint(folder)))
+
+
+def test_random_tokens_need_no_text(tiny):
+    calib = Calib(source="random", samples=3, tokens=10)
+    ids = calib.ids(Checkpoint(tiny()))
+    assert ids.shape == (3, 10) and ids.max() < 288 and ids.unique().numel() > 20
+
+
+def test_bad_input_is_one_clear_error(folder, tiny, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text(words(40))
+    checkpoint = Checkpoint(folder)
+    with pytest.raises(InputError, match=r"samples=5.*tokens=16.*80 tokens.*has 40"):
+        Calib(path=str(short), samples=5, tokens=16).ids(checkpoint)
+    with pytest.raises(InputError, match=r"tokens=129 exceeds the context of 128"):
+        Calib(tokens=129).ids(checkpoint)
+    with pytest.raises(InputError, match="nowhere.txt"):
+        Calib(path="nowhere.txt", tokens=16).ids(checkpoint)
+    with pytest.raises(InputError, match="no tokenizer; use calib=random"):
+        Calib(path=str(short), samples=1, tokens=16).ids(Checkpoint(tiny()))
+    with pytest.raises(ValueError, match="source.*'web'"):
+        Calib(source="web")
+    with pytest.raises(ValueError, match="0 x 16"):
+        Calib(samples=0, tokens=16)
+
+
+def test_statistics_do_not_depend_on_how_inputs_arrive():
+    x = torch.randn(90, 7)
+    gram, squares = Gram(7), Squares(7)
+    for part in x.split([1, 40, 49]):
+        gram.add(part)
+        squares.add(part)
+    exact = x.double().T @ x.double()
+    torch.testing.assert_close(gram.mean_CC, exact / 90, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(squares.norm_C, exact.diagonal().sqrt(), atol=1e-12, rtol=1e-9)
