@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 from optpipe.artifact import Artifact, Stats
 
 if TYPE_CHECKING:
+    from optpipe.checkpoint import Checkpoint
     from optpipe.linear import Layers
 
 Progress = Callable[[str, int, int], None]
@@ -35,6 +36,14 @@ class Stage(ABC):
         factorization of a pruned layer, which would lose its mask). Runs before any work.
         """
         return layers
+
+    def inputs(self, model: Checkpoint) -> object:
+        """What the result depends on besides ``model`` and the fields, JSON-like; part of the key.
+
+        Say, a hash of a calibration text. ``model`` is what the run starts from, perhaps only its
+        config so far. Raises ValueError if this stage cannot work on it. Runs before any work.
+        """
+        return None
 
     def output_bytes(self, layers: Layers, source_bytes: int) -> int:
         """Upper estimate of the size of the new artifact, bytes."""

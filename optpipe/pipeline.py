@@ -1,0 +1,177 @@
+"""Check every stage before the first one works, run them in order, reuse what is already made."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from optpipe import __version__
+from optpipe.artifact import MANIFEST, Artifact, fingerprint, publish
+from optpipe.errors import GateError, InputError, StageError, one_line
+from optpipe.progress import clock, shown
+from optpipe.stage import Progress, Stage
+
+if TYPE_CHECKING:
+    from optpipe.linear import Layers
+    from optpipe.source import Source
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One stage of a run, checked: what it will make, and where."""
+
+    name: str
+    stage: Stage
+    key: str
+    path: Path
+    layers: Layers
+    """The form of every linear layer after this stage."""
+    size_bytes: int
+    """Upper estimate of what it writes."""
+
+    @property
+    def done(self) -> bool:
+        return (self.path / MANIFEST).is_file()
+
+
+def check(stages: Mapping[str, Stage], source: Source, store: Path) -> list[Step]:
+    """The steps of a run. Raises InputError if some stage cannot follow the one before it."""
+    from optpipe import model  # imports torch and transformers
+
+    _check_formats(stages)
+    layers = model.layers(source.checkpoint)
+    size_bytes, key = source.size_bytes, source.key
+    steps = []
+    for name, stage in stages.items():
+        try:
+            layers, inputs = stage.plan(layers), stage.inputs(source.checkpoint)
+        except ValueError as error:
+            raise InputError(f"stage '{name}': {error}") from error
+        size_bytes = stage.output_bytes(layers, size_bytes)
+        kind = f"{type(stage).__module__}.{type(stage).__qualname__}"
+        key = fingerprint(key, kind, asdict(stage), inputs, __version__)
+        path = store / f"{name}-{key}"
+        steps.append(
+            Step(name=name, stage=stage, key=key, path=path, layers=layers, size_bytes=size_bytes)
+        )
+    return steps
+
+
+def check_writable(folder: Path, what: str) -> None:
+    """Raise InputError unless ``folder`` exists or can be made, and a file can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"optpipe")
+    except OSError as error:
+        raise InputError(f"cannot write to {what} '{folder}': {error.strerror}") from error
+
+
+def check_space(steps: list[Step], source: Source, store: Path) -> None:
+    """Raise InputError if the disk cannot hold what is still to be made."""
+    needed = sum(step.size_bytes for step in steps if not step.done)
+    if not source.folder(store).exists():
+        needed += source.size_bytes
+    free = shutil.disk_usage(store).free
+    if needed > free:
+        raise InputError(
+            f"store '{store}' has {free / 1e9:.2f} GB free, but this run may write "
+            f"{needed / 1e9:.2f} GB; free some space or give another folder: store=..."
+        )
+
+
+def run(steps: list[Step], baseline: Artifact) -> Iterator[Artifact]:
+    """Yield the baseline, then the artifact of each step."""
+    yield baseline
+    artifact = torch_side = baseline
+    for step in steps:
+        artifact = _take(step, artifact, torch_side)
+        if artifact.format == "hf":
+            torch_side = artifact
+        yield artifact
+
+
+@contextmanager
+def failing_as(name: str) -> Iterator[None]:
+    """Whatever breaks inside is a failure of the stage ``name``; the log gets the traceback."""
+    try:
+        yield
+    except (GateError, InputError):
+        raise
+    except Exception as error:  # the boundary: a stage may raise anything
+        raise StageError(
+            f"stage '{name}' failed: {type(error).__name__}: {one_line(error)}"
+        ) from error
+
+
+def _take(step: Step, parent: Artifact, reference: Artifact) -> Artifact:
+    """The artifact of one step, made or found; ``reference`` is the newest torch artifact."""
+    lineage = (*parent.lineage, step.name)
+    if step.done:
+        log.info("%s: reusing %s", step.name, step.path)
+        return replace(Artifact.load(step.path), lineage=lineage)
+    log.info("%s: %s", step.name, step.stage)
+    started_s = time.monotonic()
+    with failing_as(step.name), shown(step.name) as progress:
+        artifact = publish(step.path, lambda out: _make(step, out, parent, reference, progress))
+    log.info("%s: %s -> %s", step.name, clock(time.monotonic() - started_s), step.path)
+    return replace(artifact, lineage=lineage)
+
+
+def _make(
+    step: Step, out: Path, parent: Artifact, reference: Artifact, progress: Progress
+) -> Artifact:
+    """Run the stage, and look at what it made before anyone else can see it."""
+    from optpipe.verify import verify  # imports torch
+
+    stats = step.stage.run(parent, out, progress)
+    artifact = Artifact(
+        path=out,
+        format=step.stage.produces,
+        key=step.key,
+        lineage=(*parent.lineage, step.name),
+        stats=stats,
+    )
+    progress("verifying", 1, 1)
+    verified = verify(artifact, reference, step.layers)
+    return replace(artifact, stats={**stats, "verified": verified})
+
+
+def _check_formats(stages: Mapping[str, Stage]) -> None:
+    made, maker = "hf", "the model"
+    for name, stage in stages.items():
+        if made not in stage.accepts:
+            raise InputError(
+                f"stage '{name}' accepts {' or '.join(sorted(stage.accepts))}, but gets {made} "
+                f"from {maker}; {_advice(stages)}"
+            )
+        made, maker = stage.produces, f"stage '{name}'"
+
+
+def _advice(stages: Mapping[str, Stage]) -> str:
+    order = _order(stages, "hf")
+    if order is None:
+        return "no order of these stages fits, so one is missing"
+    return f"a possible order: stages=[{','.join(order)}]"
+
+
+def _order(left: Mapping[str, Stage], made: str) -> list[str] | None:
+    """An order of all these stages that fits, staying in a format as long as possible."""
+    if not left:
+        return []
+    for name in sorted(left, key=lambda n: left[n].produces != made):
+        if made in left[name].accepts:
+            others = {n: stage for n, stage in left.items() if n != name}
+            rest = _order(others, left[name].produces)
+            if rest is not None:
+                return [name, *rest]
+    return None
