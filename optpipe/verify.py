@@ -1,0 +1,136 @@
+"""What must hold after every stage: the artifact loads, is finite, is what it claims, agrees.
+
+A compressed checkpoint is read back and held against its plan: forms, grids, masks, ranks. A graph
+or an engine is run beside the torch model it was made from: prompts of two lengths, a filled cache
+decoded for several steps, a chunk fed on top of it, and a batch of rows of different lengths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from optpipe import model
+from optpipe.artifact import Artifact, Stats
+from optpipe.bench.backend import Backend, open_backend
+from optpipe.checkpoint import Checkpoint
+from optpipe.errors import GateError
+from optpipe.linear import Layers, mask_of, weight_of
+
+TOLERANCES = {"float32": 2e-4, "float16": 2e-2, "bfloat16": 1e-1, "int8": 1e-1}
+"""Largest accepted error of the logits at any position, relative to their spread there: the root
+mean square of the differences over the standard deviation of the reference. 'int8' is for engines
+that round activations to 8 bits before each product."""
+
+PROMPTS = (24, 7)
+DECODE_STEPS = 8
+CHUNK = 5
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far two runtimes are apart. Errors are relative to the spread of the logits."""
+
+    worst: float
+    mean: float
+    tolerance: float
+    positions: int
+
+
+def verify(artifact: Artifact, reference: Artifact, planned: Layers | None) -> Stats:
+    """Check a new artifact; ``reference`` is the newest torch artifact behind it.
+
+    For a torch artifact that is its parent, whose masks it must keep. Returns what was found.
+    Raises GateError.
+    """
+    if artifact.format == "hf":
+        return verify_checkpoint(artifact, reference, planned)
+    return {"parity": asdict(parity(artifact, reference))}
+
+
+def verify_checkpoint(artifact: Artifact, parent: Artifact, planned: Layers | None) -> Stats:
+    checkpoint = Checkpoint(artifact.path)
+    forms = model.layers(checkpoint)
+    if planned is not None and forms != planned:
+        name = next(n for n in {**forms, **planned} if forms.get(n) != planned.get(n))
+        raise GateError(f"layer '{name}' became {forms.get(name)}, planned {planned.get(name)}")
+    facts = _layer_facts(checkpoint, forms, Checkpoint(parent.path))
+    lm = model.load(checkpoint)
+    with torch.inference_mode():
+        logits = lm(torch.from_numpy(_ids(checkpoint.decoder.vocab, 1, PROMPTS[0]))).logits
+    if not bool(torch.isfinite(logits).all()):
+        raise GateError(f"the model after '{artifact.name}' gives logits that are not finite")
+    return facts
+
+
+def _layer_facts(checkpoint: Checkpoint, forms: Layers, parent: Checkpoint) -> Stats:
+    """What the files hold, layer by layer, summed up. Raises GateError for a broken promise."""
+    weights = zeros = bits = 0.0
+    ranks: dict[str, int] = {}
+    before = parent.forms or {}
+    for name, form in forms.items():
+        if name == checkpoint.decoder.head and checkpoint.head_is_embedding:
+            continue
+        module = model.layer(name, forms, checkpoint)
+        weight, mask = weight_of(module), mask_of(module)
+        if not bool(torch.isfinite(weight).all()):
+            raise GateError(f"layer '{name}' holds weights that are not finite")
+        if mask is not None and bool(weight[~mask].any()):
+            raise GateError(f"layer '{name}' has weights where its mask says there are none")
+        if (name in before) and before[name].pattern:
+            old = mask_of(model.layer(name, before, parent))
+            if mask is None or old is None or not torch.equal(mask, old):
+                raise GateError(f"layer '{name}' lost the mask it was pruned with")
+        kept = 1.0 if mask is None else float(mask.float().mean())
+        weights += weight.numel()
+        zeros += float((weight == 0).sum())
+        bits += form.stored_bits(checkpoint.dtype.itemsize * 8, kept)
+        if name.endswith(".right"):
+            ranks[name.removesuffix(".right")] = form.rows
+    return {"sparsity": zeros / weights, "bits_per_weight": bits / weights, "ranks": ranks}
+
+
+def parity(artifact: Artifact, reference: Artifact) -> Parity:
+    """Run both and compare their logits. Raises GateError above the tolerance of the dtype."""
+    with open_backend(reference) as torch_side, open_backend(artifact) as other:
+        kind = "int8" if artifact.stats.get("accuracy_level") == 4 else other.dtype
+        errors = np.concatenate([
+            _errors(ours, theirs) for ours, theirs in _compared(torch_side, other)
+        ])  # fmt: skip
+    found = Parity(float(errors.max()), float(errors.mean()), TOLERANCES[kind], errors.size)
+    if not found.worst <= found.tolerance:  # also false for NaN
+        raise GateError(
+            f"'{artifact.name}' disagrees with '{reference.name}': relative logit error "
+            f"{found.worst:.2e} exceeds {found.tolerance:.0e} ({kind})"
+        )
+    return found
+
+
+def _compared(left: Backend, right: Backend) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Pairs of logits (rows, positions, V) of the same tokens from both sides."""
+    for rows, tokens in ((1, PROMPTS[0]), (1, PROMPTS[1]), (2, PROMPTS[0])):
+        ids = _ids(left.vocab, rows, tokens + DECODE_STEPS + CHUNK)
+        lengths = np.array([tokens, PROMPTS[1]][:rows])
+        yield _both(left, right, lambda b, i=ids, n=lengths: b.prefill(i[:, : n.max()], n))
+        for step in range(tokens, tokens + DECODE_STEPS):
+            yield _both(left, right, lambda b, t=ids[:, step]: b.decode(t))
+        yield _both(left, right, lambda b, c=ids[:, -CHUNK:]: b.extend(c))
+
+
+def _both(left: Backend, right: Backend, call: Any) -> tuple[np.ndarray, np.ndarray]:
+    return np.array(call(left)), np.array(call(right))
+
+
+def _errors(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    ours, theirs = (x.reshape(-1, x.shape[-1]).astype(np.float64) for x in (ours, theirs))
+    rms = np.sqrt(np.mean((ours - theirs) ** 2, axis=-1))
+    return np.asarray(rms / ours.std(axis=-1))
+
+
+def _ids(vocab: int, rows: int, tokens: int) -> np.ndarray:
+    return np.random.default_rng(SEED).integers(0, vocab, (rows, tokens))
