@@ -8,7 +8,7 @@ arXiv:2210.17323); the layers of one block are all observed before the first of 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from optpipe import model
-from optpipe.artifact import Artifact
+from optpipe.artifact import Artifact, Stats
 from optpipe.calibrate import Statistic
 from optpipe.checkpoint import Checkpoint, Writer
 from optpipe.family import HEAD, Block
@@ -38,6 +38,8 @@ class Observation:
     """Names of the layers whose inputs are needed."""
     statistic: Callable[[int], Statistic]
     """Makes an empty statistic for a number of inputs."""
+    facts: Stats = field(default_factory=dict)
+    """What a report says about the data."""
 
 
 @dataclass
@@ -52,7 +54,7 @@ class _Flow:
 def select(layers: Layers, targets: Iterable[str], head: bool = False) -> frozenset[str]:
     """Names in the blocks that match a pattern, and that of the output projection if ``head``.
 
-    Raises ValueError for a pattern that matches none.
+    Raises ValueError for a pattern that matches none, and if nothing is chosen.
     """
     names = [name for name in layers if name != HEAD]
     chosen = {HEAD} if head else set()
@@ -63,6 +65,8 @@ def select(layers: Layers, targets: Iterable[str], head: bool = False) -> frozen
                 f"target '{pattern}' matches none of {len(names)} layers, such as {names[0]}"
             )
         chosen.update(found)
+    if not chosen:
+        raise ValueError("targets is empty, so nothing would change; use '*' for every layer")
     return frozenset(chosen)
 
 

@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from optpipe.artifact import fingerprint
 from optpipe.checkpoint import Checkpoint
 from optpipe.errors import InputError
-from optpipe.text import tokenize
+from optpipe.text import has_tokenizer, leading, no_tokenizer, tokenize
 
 BUNDLED = Path(__file__).parent / "demo" / "calibration.txt"
 SOURCES = ("text", "random")
@@ -22,7 +23,11 @@ SOURCES = ("text", "random")
 
 @dataclass(kw_only=True)  # not frozen: OmegaConf cannot merge into a frozen nested dataclass
 class Calib:
-    """Seeded windows of a text, or random tokens for models whose weights are random anyway."""
+    """Seeded windows of a text, or random tokens for models whose weights are random anyway.
+
+    Each window begins as the tokenizer begins a text: a Gemma without its begin-of-text token has
+    activations of another kind.
+    """
 
     source: str = "text"
     """'text' or 'random'."""
@@ -42,24 +47,35 @@ class Calib:
                 f"at least 1 sample of 2 tokens is needed, got {self.samples} x {self.tokens}"
             )
 
-    def ids(self, checkpoint: Checkpoint) -> Tensor:
-        """Token ids, (S, T). Raises InputError if the text is too short or cannot be read."""
+    def inputs(self, checkpoint: Checkpoint) -> str | None:
+        """A hash of the text, for the key of an artifact. Raises InputError if it cannot do."""
         context = checkpoint.decoder.context
         if self.tokens > context:
             raise InputError(f"calib.tokens={self.tokens} exceeds the context of {context} tokens")
+        if self.source == "random":
+            return None
+        if not has_tokenizer(checkpoint.path):
+            raise InputError(f"{no_tokenizer(checkpoint.path)}; use calib=random")
+        return fingerprint(self._text())
+
+    def ids(self, checkpoint: Checkpoint) -> Tensor:
+        """Token ids, (S, T). Raises InputError if the text is too short or cannot be read."""
+        self.inputs(checkpoint)
         generator = torch.Generator().manual_seed(self.seed)
         if self.source == "random":
             shape = (self.samples, self.tokens)
             return torch.randint(checkpoint.decoder.vocab, shape, generator=generator)
-        ids = torch.tensor(tokenize(checkpoint.path, self._text()))
-        windows = len(ids) // self.tokens
+        bos, ids = leading(checkpoint.path), tokenize(checkpoint.path, self._text())
+        body = self.tokens - len(bos)
+        windows = len(ids) // body
         if windows < self.samples:
             raise InputError(
                 f"calib.samples={self.samples} windows of calib.tokens={self.tokens} need "
-                f"{self.samples * self.tokens} tokens, but the text has {len(ids)}"
+                f"{self.samples * body} tokens, but the text has {len(ids)}"
             )
         chosen = torch.randperm(windows, generator=generator)[: self.samples].sort().values
-        return ids[: windows * self.tokens].reshape(windows, self.tokens)[chosen]
+        starts = (chosen * body).tolist()
+        return torch.tensor([[*bos, *ids[start : start + body]] for start in starts])
 
     def facts(self) -> dict[str, object]:
         """What a report says about the calibration."""

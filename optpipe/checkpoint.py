@@ -30,6 +30,8 @@ FORMS = "forms.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+"""Floating-point types by their names in safetensors."""
 SIDE_FILES = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",
               "vocab.json", "merges.txt", "chat_template*")  # fmt: skip
 
@@ -85,11 +87,14 @@ class Checkpoint:
         head = (self.forms or {}).get(self.decoder.head)
         return self.decoder.tied and (head is None or head.bits is None)
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
-        """What floating-point tensors are stored as."""
-        dtype = self.config.dtype or torch.float32
-        return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        """What floating-point tensors are stored as, whatever the config says."""
+        name = f"{self.decoder.embed}.weight"
+        stored = _header(self.path / self.files[name])[name]["dtype"]
+        if stored not in DTYPES:
+            raise InputError(f"'{name}' is stored as {stored}; allowed are {', '.join(DTYPES)}")
+        return DTYPES[stored]
 
     def get(self, name: str) -> Tensor | None:
         """One tensor as stored, or None if there is none of that name."""

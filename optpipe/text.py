@@ -13,10 +13,14 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
 
 
+def no_tokenizer(folder: Path) -> str:
+    return f"model '{folder}' has no tokenizer"
+
+
 def tokenize(folder: Path, text: str) -> list[int]:
     """Token ids without special tokens. Raises InputError if the folder has no tokenizer."""
     if not has_tokenizer(folder):
-        raise InputError(f"model folder '{folder}' has no tokenizer; use calib=random")
+        raise InputError(no_tokenizer(folder))
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     # a whole text is longer than any context; we cut it into windows ourselves
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

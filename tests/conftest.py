@@ -35,9 +35,15 @@ CONFIGS = {
         **COMMON, **SLIDING, sliding_window_pattern=2
     ),
     "gpt2": lambda: transformers.GPT2Config(
-        vocab_size=288, n_positions=128, n_embd=64, n_layer=3, n_head=4,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    ),  # fmt: skip
+        vocab_size=288,
+        n_positions=128,
+        n_embd=64,
+        n_layer=3,
+        n_head=4,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
 }
 FAMILIES = [*CONFIGS]
 
@@ -81,7 +87,7 @@ def family(request):
 
 @pytest.fixture
 def run(tmp_path):
-    """run(stage, folder or artifact) -> artifact of that stage; run.calib is a small calibration."""
+    """run(stage, folder or artifact) -> artifact of that stage; run.calib is a small one."""
     from optpipe.artifact import Artifact
     from optpipe.calibrate import Calib
 

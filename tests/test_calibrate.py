@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from optpipe.calibrate import Calib, Gram, Squares
 from optpipe.checkpoint import Checkpoint
@@ -19,7 +19,9 @@ def folder(tiny, tmp_path):
     tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(200)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "PreTrainedTokenizerFast"}'
+    )
     return tmp_path
 
 
@@ -41,6 +43,23 @@ def test_windows_are_seeded_and_do_not_overlap(folder, tmp_path, kind):
     assert not torch.equal(ids, other.ids(Checkpoint(folder)))
 
 
+def test_windows_begin_as_the_tokenizer_begins_a_text(folder, tmp_path):
+    settings = json.loads((folder / "tokenizer.json").read_text())
+    settings["model"]["vocab"]["<s>"] = 200
+    tokenizer = Tokenizer.from_str(json.dumps(settings))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 200)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "text.txt").write_text(words(200))
+    ids = Calib(path=str(tmp_path / "text.txt"), samples=5, tokens=16).ids(Checkpoint(folder))
+    assert ids.shape == (5, 16)
+    assert (ids[:, 0] == 200).all()
+    assert ids[:, 1:].unique().numel() == 75 and ids[:, 1:].max() < 200
+
+
 def test_random_tokens_need_no_text(tiny):
     calib = Calib(source="random", samples=3, tokens=10)
     ids = calib.ids(Checkpoint(tiny()))
@@ -55,11 +74,11 @@ def test_bad_input_is_one_clear_error(folder, tiny, tmp_path):
         Calib(path=str(short), samples=5, tokens=16).ids(checkpoint)
     with pytest.raises(InputError, match=r"tokens=129 exceeds the context of 128"):
         Calib(tokens=129).ids(checkpoint)
-    with pytest.raises(InputError, match="nowhere.txt"):
+    with pytest.raises(InputError, match=r"nowhere\.txt"):
         Calib(path="nowhere.txt", tokens=16).ids(checkpoint)
     with pytest.raises(InputError, match="no tokenizer; use calib=random"):
         Calib(path=str(short), samples=1, tokens=16).ids(Checkpoint(tiny()))
-    with pytest.raises(ValueError, match="source.*'web'"):
+    with pytest.raises(ValueError, match=r"source.*'web'"):
         Calib(source="web")
     with pytest.raises(ValueError, match="0 x 16"):
         Calib(samples=0, tokens=16)

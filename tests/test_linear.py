@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from optpipe.linear import Form, LowRank, Quantized, decode, dense, encode, pack, unpack
 
 
-@given(bits=st.integers(1, 8), rows=st.integers(1, 4), cols=st.integers(1, 40), seed=st.integers(0, 9))
+@given(
+    bits=st.integers(1, 8), rows=st.integers(1, 4), cols=st.integers(1, 40), seed=st.integers(0, 9)
+)
 def test_packing_takes_exactly_the_bits_and_comes_back(bits, rows, cols, seed):
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(2**bits, (rows, cols), generator=generator, dtype=torch.uint8)

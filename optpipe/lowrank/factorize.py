@@ -95,7 +95,8 @@ class Factorize(Stage):
 
         observation = self.observation(checkpoint, chosen)
         rewrite(source, out, self.plan(layers), change, progress, observation)
-        return {"ranks": {name: self.rank(layers[name]) for name in layers if name in chosen}}
+        facts = observation.facts if observation else {}
+        return {"ranks": {n: self.rank(layers[n]) for n in layers if n in chosen}, **facts}
 
 
 def truncated(weight_RC: Tensor, rank: int) -> tuple[Tensor, Tensor]:

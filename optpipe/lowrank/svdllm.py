@@ -47,6 +47,9 @@ class SvdLlm(Factorize):
     def factors(self, weight_RC: Tensor, rank: int, statistic: Gram) -> tuple[Tensor, Tensor]:
         return whitened(weight_RC, statistic.mean_CC, rank)
 
+    def inputs(self, model: Checkpoint) -> str | None:
+        return self.calib.inputs(model)
+
     def observation(self, checkpoint: Checkpoint, wanted: frozenset[str]) -> Observation:
-        ids_ST = self.calib.ids(checkpoint)
-        return Observation(ids_ST=ids_ST, wanted=wanted, statistic=Gram)
+        ids_ST, facts = self.calib.ids(checkpoint), self.calib.facts()
+        return Observation(ids_ST=ids_ST, wanted=wanted, statistic=Gram, facts=facts)

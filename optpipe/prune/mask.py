@@ -14,6 +14,7 @@ from optpipe import model
 from optpipe.artifact import Artifact, Stats
 from optpipe.blockwise import Observation, rewrite, select
 from optpipe.checkpoint import Checkpoint
+from optpipe.family import HEAD
 from optpipe.linear import Layers, dense
 from optpipe.stage import Progress, Stage
 
@@ -64,16 +65,18 @@ class Prune(Stage):
         if not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity must be at least 0 and below 1, got {self.sparsity}")
 
-    @property
-    def density(self) -> float:
-        n_m = parse_pattern(self.pattern)
-        return n_m[0] / n_m[1] if n_m else 1 - self.sparsity
+    def dropped(self, cols: int) -> int:
+        """Weights that go from a row of ``cols``."""
+        if (n_m := parse_pattern(self.pattern)) is None:
+            return round(self.sparsity * cols)
+        return cols * (n_m[1] - n_m[0]) // n_m[1]
 
     def plan(self, layers: Layers) -> Layers:
-        planned = dict(layers)
+        planned, chosen = dict(layers), select(layers, self.targets)
         of = (parse_pattern(self.pattern) or (1, 1))[1]
-        for name in select(layers, self.targets):
-            form = layers[name]
+        for name, form in layers.items():
+            if name not in chosen:
+                continue
             if form.bits is not None:
                 raise ValueError(f"layer '{name}' is quantized already; prune before that")
             if form.pattern is not None:
@@ -108,5 +111,7 @@ class Prune(Stage):
 
         observation = self.observation(checkpoint, chosen)
         rewrite(source, out, self.plan(layers), change, progress, observation)
-        gone = sum(layers[n].rows * layers[n].cols for n in chosen) * (1 - self.density)
-        return {"sparsity": gone / sum(form.rows * form.cols for form in layers.values())}
+        gone = sum(layers[name].rows * self.dropped(layers[name].cols) for name in chosen)
+        stored = [f for n, f in layers.items() if n != HEAD or not checkpoint.head_is_embedding]
+        facts = observation.facts if observation else {}
+        return {"sparsity": gone / sum(f.rows * f.cols for f in stored), **facts}

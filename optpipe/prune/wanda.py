@@ -22,6 +22,9 @@ class Wanda(Prune):
         """Eq. 1 of the paper."""
         return weight_RC.abs() * statistic.norm_C.to(weight_RC.dtype)
 
+    def inputs(self, model: Checkpoint) -> str | None:
+        return self.calib.inputs(model)
+
     def observation(self, checkpoint: Checkpoint, wanted: frozenset[str]) -> Observation:
-        ids_ST = self.calib.ids(checkpoint)
-        return Observation(ids_ST=ids_ST, wanted=wanted, statistic=Squares)
+        ids_ST, facts = self.calib.ids(checkpoint), self.calib.facts()
+        return Observation(ids_ST=ids_ST, wanted=wanted, statistic=Squares, facts=facts)

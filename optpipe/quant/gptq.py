@@ -2,8 +2,8 @@
 
 For one layer, H = X^T X / N and U is the upper Cholesky factor of its damped inverse. Once column j
 is fixed to q_j, the columns after it move by -(w_j - q_j) / U_jj * U_j,: (eq. 2 and 3 of the paper
-in their Cholesky form, algorithm 1). A weight that pruning dropped is fixed to zero, and the columns
-after it make up for that too. Shapes: R outputs, C inputs.
+in their Cholesky form, algorithm 1). A weight that pruning dropped is fixed to zero, and the
+columns after it make up for that too. Shapes: R outputs, C inputs.
 """
 
 from __future__ import annotations
@@ -93,6 +93,9 @@ class Gptq(Quantize):
         codes_RC = compensate(weight_RC, factor_CC, grid, order_C, mask_of(layer))
         return grid.module(codes_RC, layer)
 
+    def inputs(self, model: Checkpoint) -> str | None:
+        return self.calib.inputs(model)
+
     def observation(self, checkpoint: Checkpoint, wanted: frozenset[str]) -> Observation:
-        ids_ST = self.calib.ids(checkpoint)
-        return Observation(ids_ST=ids_ST, wanted=wanted, statistic=Gram)
+        ids_ST, facts = self.calib.ids(checkpoint), self.calib.facts()
+        return Observation(ids_ST=ids_ST, wanted=wanted, statistic=Gram, facts=facts)

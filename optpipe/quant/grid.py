@@ -23,7 +23,6 @@ from optpipe.stage import Progress, Stage
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (PER_CHANNEL, 32, 64, 128)
 HALF = torch.finfo(torch.float16)
-TINIEST_SCALE = HALF.smallest_normal
 
 
 @dataclass(frozen=True)
@@ -87,11 +86,17 @@ def fit(weight_RC: Tensor, form: Form) -> Grid:
 
 
 def _half(scales: Tensor) -> Tensor:
-    """As float16; a group of zeros gets scale 1. Raises ValueError beyond what float16 holds."""
+    """As float16, rounded up; a group of zeros gets scale 1. Raises ValueError beyond float16.
+
+    Rounded to nearest, a scale could leave the largest weights outside the grid: at 8 bits by half
+    a step where scales are subnormal, as those of small weights (0.005) are.
+    """
     if bool((scales > HALF.max).any()):
         raise ValueError(f"a weight of {float(scales.max()):.3g} steps is beyond a float16 scale")
     scales = torch.where(scales == 0, torch.ones_like(scales), scales)
-    return scales.clamp(min=TINIEST_SCALE).half()
+    nearest = scales.half()
+    below = nearest.float() < scales
+    return (nearest.view(torch.int16) + below).view(torch.float16)  # the next one's bits are +1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,9 +121,10 @@ class Quantize(Stage):
             raise ValueError(f"group_size must be one of {GROUP_SIZES}, got {self.group_size}")
 
     def plan(self, layers: Layers) -> Layers:
-        planned = dict(layers)
-        for name in select(layers, self.targets, self.head):
-            form = layers[name]
+        planned, chosen = dict(layers), select(layers, self.targets, self.head)
+        for name, form in layers.items():
+            if name not in chosen:
+                continue
             if form.bits is not None:
                 raise ValueError(f"layer '{name}' is quantized already, to {form.bits} bits")
             if self.group_size != PER_CHANNEL and form.cols % self.group_size:
@@ -153,7 +159,9 @@ class Quantize(Stage):
             assert isinstance(layer, nn.Linear)
             return self.quantize(layer, layer.weight, planned[name], statistic)
 
-        rewrite(source, out, planned, change, progress, self.observation(checkpoint, chosen))
+        observation = self.observation(checkpoint, chosen)
+        rewrite(source, out, planned, change, progress, observation)
         bits = sum(form.stored_bits() for form in planned.values() if form.bits)
         weights = sum(form.rows * form.cols for form in planned.values() if form.bits)
-        return {"bits": self.bits, "bits_per_quantized_weight": bits / weights}
+        facts = observation.facts if observation else {}
+        return {"bits": self.bits, "bits_per_quantized_weight": bits / weights, **facts}

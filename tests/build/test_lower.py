@@ -1,4 +1,4 @@
-"""The ONNX Runtime form against the canonical graph's source, operator by operator and end to end."""
+"""The ONNX Runtime form against torch, operator by operator and end to end."""
 
 import collections
 
@@ -40,7 +40,10 @@ def worst(engine, folder):
     ids = np.random.default_rng(1).integers(3, 288, (2, 40))
     with torch.inference_mode():
         full = model.load(Checkpoint(folder))(torch.from_numpy(ids)).logits.numpy()
-    logits = [engine.prefill(ids[:, :29], np.array([29, 29]))[:, None], engine.extend(ids[:, 29:33])]
+    logits = [
+        engine.prefill(ids[:, :29], np.array([29, 29]))[:, None],
+        engine.extend(ids[:, 29:33]),
+    ]
     logits += [engine.decode(ids[:, t])[:, None] for t in range(33, 40)]
     return np.abs(np.concatenate(logits, 1) - full[:, 28:]).max() / full.std()
 
@@ -49,7 +52,14 @@ def test_every_family_computes_the_same_in_the_fast_operators(family, tiny, tmp_
     _, fused = build(tiny(family), tmp_path)
     counts = operators(fused)
     assert counts["GroupQueryAttention"] == 3
-    left = {"Attention", "TensorScatter", "RotaryEmbedding", "RMSNormalization", "LessOrEqual", "Softmax"}
+    left = {
+        "Attention",
+        "TensorScatter",
+        "RotaryEmbedding",
+        "RMSNormalization",
+        "LessOrEqual",
+        "Softmax",
+    }
     assert not left & counts.keys()
     assert worst(Engine(fused, threads=1), tiny(family)) < EXACT
 

@@ -26,7 +26,9 @@ def product(x, codes):
     graph = helper.make_graph([node], "g", values[:1], values[1:], weights)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     proto = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        proto.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
     return session.run(None, {"x": x})[0]
 
 
@@ -56,7 +58,9 @@ def test_the_operator_multiplies_with_our_weight(bits, signed, blocks, outputs, 
     groups = 1 if per_channel else blocks
     scales = rng.uniform(0.5, 1.5, (groups, outputs)).astype(np.float32)
     zeros = None if signed else rng.integers(0, 2**bits, (groups, outputs))
-    repeated = [np.repeat(a, inputs // groups, 0) for a in (scales, 0 * scales if signed else zeros)]
+    repeated = [
+        np.repeat(a, inputs // groups, 0) for a in (scales, 0 * scales if signed else zeros)
+    ]
     weight = (values - repeated[1]) * repeated[0]
     zero_data = None if zeros is None else packed(zeros, dtype)[1]
     codes = block_codes(

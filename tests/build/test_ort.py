@@ -83,5 +83,3 @@ def test_a_reused_engine_forgets_the_last_prompt(tiny, run):
 def test_bad_accuracy_levels_are_refused(level):
     with pytest.raises(ValueError, match=rf"1 \(float32\) or 4 \(int8\), got {level}"):
         Ort(accuracy_level=level)
-
-

@@ -83,7 +83,7 @@ def test_a_full_cache_is_an_error_and_not_garbage(tiny, tmp_path, ids):
     engine = export(tiny(), tmp_path / "onnx", capacity=32)
     engine.prefill(ids[:, :31], np.array([31, 31]))
     engine.decode(ids[:, 31])
-    with pytest.raises(ValueError, match="33 tokens exceed the engine's capacity of 32"):
+    with pytest.raises(ValueError, match=r"33 tokens exceed the engine's capacity of 32"):
         engine.decode(ids[:, 32])
 
 
@@ -101,7 +101,7 @@ def test_a_rotary_table_that_changes_with_length_is_refused(tmp_path, ids):
         rope_parameters=rope, original_max_position_embeddings=64, initializer_range=0.1,
     )  # fmt: skip
     transformers.Phi3ForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="longrope.*at most 64, got 128"):
+    with pytest.raises(InputError, match=r"longrope.*at most 64, got 128"):
         export(tmp_path, tmp_path / "onnx")
     engine = export(tmp_path, tmp_path / "onnx", capacity=64)
     assert error(engine.score(ids), reference(tmp_path, ids)) < 2e-5

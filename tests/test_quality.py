@@ -1,0 +1,69 @@
+"""What compression costs the bundled trained model, in held-out perplexity: better methods must be
+better, and the product must be good enough. The README's table comes from the same stages."""
+
+import math
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+import optpipe
+from optpipe import model
+from optpipe.calibrate import Calib
+from optpipe.checkpoint import Checkpoint
+from optpipe.lowrank.svd import Svd
+from optpipe.lowrank.svdllm import SvdLlm
+from optpipe.prune.magnitude import Magnitude
+from optpipe.prune.wanda import Wanda
+from optpipe.quant.gptq import Gptq
+from optpipe.quant.rtn import Rtn
+from optpipe.text import tokenize
+
+DEMO = Path(optpipe.__file__).parent / "demo"
+WINDOWS, CONTEXT = 10, 1024
+
+
+@cache
+def windows():
+    ids = torch.tensor(tokenize(DEMO, (DEMO / "heldout.txt").read_text()))
+    return ids[: WINDOWS * CONTEXT].reshape(WINDOWS, CONTEXT)
+
+
+@torch.inference_mode()
+def perplexity(folder):
+    lm, losses = model.load(Checkpoint(folder)), []
+    for ids in windows():
+        logits = lm(ids[None]).logits[0, :-1].double()
+        losses.append(torch.nn.functional.cross_entropy(logits, ids[1:]))
+    return math.exp(torch.stack(losses).mean())
+
+
+@pytest.fixture
+def cost(run):
+    """cost(stage) -> perplexity after it, over that of the model as it is."""
+    baseline = perplexity(DEMO)
+    return lambda stage: perplexity(run(stage, DEMO).path) / baseline
+
+
+CALIB = Calib(samples=32, tokens=512)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [4, 3])
+def test_gptq_beats_rounding(cost, bits):
+    ours = cost(Gptq(bits=bits, group_size=32, calib=CALIB))
+    assert ours < cost(Rtn(bits=bits, group_size=32))
+    assert bits == 3 or ours < 1.03
+
+
+@pytest.mark.slow
+def test_whitened_svd_beats_plain_svd(cost):
+    targets = ["*o_proj", "*up_proj"]
+    ours = cost(SvdLlm(keep=0.8, targets=targets, calib=CALIB))
+    assert ours < cost(Svd(keep=0.8, targets=targets))
+
+
+@pytest.mark.slow
+def test_wanda_beats_magnitude(cost):
+    assert cost(Wanda(sparsity=0.5, calib=CALIB)) < cost(Magnitude(sparsity=0.5))
