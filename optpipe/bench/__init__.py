@@ -1,0 +1,1 @@
+"""Measures every artifact of a run against the baseline: speed, memory, quality, one report."""

@@ -1,0 +1,115 @@
+"""What the benchmark needs of a runtime: prefill, decode and whole-sequence logits of one artifact.
+
+Shapes: B rows of a batch, S tokens of a row, V entries of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from importlib import import_module
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from optpipe.artifact import Artifact
+from optpipe.bench import machine
+from optpipe.errors import InputError
+
+Ids = NDArray[np.int64]
+Logits = NDArray[np.float32]
+
+
+class Backend(ABC):
+    """One artifact, open in one runtime, with one KV cache. A context manager.
+
+    The constructor of a subclass takes (artifact, threads, dtype) and loads everything, so that
+    its duration is the load time. ``dtype`` is a name such as 'float32'; a runtime whose files
+    fix the dtype ignores it and says in ``dtype`` what it computes in.
+
+    Every method returns only when its logits lie in host memory. They may live in a buffer that
+    the next call overwrites: copy what must last.
+    """
+
+    capacity: int
+    """Most tokens a row of the KV cache can hold."""
+    vocab: int
+    weight_bytes: int
+    """Bytes of the weights as this runtime holds them in memory."""
+    dtype: str
+    """What it computes in: 'float32', 'float16' or 'bfloat16'."""
+    device: str
+    """'cpu' or the name of the GPU."""
+
+    @abstractmethod
+    def __init__(self, artifact: Artifact, threads: int, dtype: str) -> None: ...
+
+    @abstractmethod
+    def prefill(self, ids_BS: Ids, lengths_B: Ids) -> Logits:
+        """Empty the cache, feed the prompts; logits (B, V) at the last real token of each row.
+
+        Rows are padded on the right: only ``ids_BS[b, :lengths_B[b]]`` is real.
+        """
+
+    @abstractmethod
+    def decode(self, tokens_B: Ids) -> Logits:
+        """Feed one token to each row; logits (B, V) of the position after it."""
+
+    @abstractmethod
+    def extend(self, ids_BS: Ids) -> Logits:
+        """Feed S tokens to each row on top of the filled cache; logits (B, S, V) of all of them."""
+
+    @abstractmethod
+    def score(self, ids_BS: Ids) -> Logits:
+        """Logits (B, S, V) of whole sequences from an empty cache; the cache is void afterwards."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give memory and threads back."""
+
+    @classmethod
+    def memory_bytes(cls, artifact: Artifact, dtype: str) -> int:
+        """Upper estimate of what the weights take in memory once loaded, from the files alone."""
+        return 2 * artifact.size_bytes  # the file, mapped, and the copy packed for the kernels
+
+    def reset_peak(self) -> None:
+        """Forget the peak of memory so far. Raises OSError where the system cannot."""
+        machine.reset_peak()
+
+    def peak_bytes(self) -> int:
+        """Most memory since ``reset_peak``: the process on a CPU, the device on a GPU."""
+        return machine.peak_bytes()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+BACKENDS = {
+    "hf": "optpipe.bench.torch.Torch",
+    "onnx": "optpipe.bench.ort.Ort",
+    "ort": "optpipe.bench.ort.Ort",
+}
+"""Format of an artifact -> the class that opens it, imported only when it is needed."""
+
+
+def backend_class(format: str) -> type[Backend]:
+    """The backend of an artifact format; imports its runtime."""
+    if format not in BACKENDS:
+        raise InputError(f"no backend opens format '{format}'; known are {', '.join(BACKENDS)}")
+    module, _, name = BACKENDS[format].rpartition(".")
+    found: type[Backend] = getattr(import_module(module), name)
+    return found
+
+
+def open_backend(artifact: Artifact, threads: int = 1, dtype: str = "float32") -> Backend:
+    """Load an artifact into the runtime of its format."""
+    return backend_class(artifact.format)(artifact, threads, dtype)

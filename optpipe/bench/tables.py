@@ -1,0 +1,161 @@
+"""The report for people: report.md and the table on the screen, from the rows of report.json."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+Row = list[str]
+NONE = "-"
+SPEED = ("artifact", "MB", "perplexity", "KL", "TTFT ms", "TPOT ms", "tokens/s", "peak MB",
+         "TTFT x", "TPOT x [95 %]", "tokens/s x [95 %]")  # fmt: skip
+ON_SCREEN = (0, 1, 2, 3, 4, 5, 6, 9)
+"""Columns of SPEED that fit in 80 characters."""
+SIZES = ("artifact", "MB on disk", "MB in memory", "claimed", "found in the files")
+NOT_INCLUDED = (
+    "Time: tokenizing, detokenizing, sampling other than arg-max, loading and the network. "
+    "Loading is timed on its own, once, with files that may already be in the page cache.",
+    "Prompts of timed runs are random token ids, the same for all arms; end-of-text does not stop "
+    "them. Speed here does not depend on what the text says; speculative decoding would.",
+    "TTFT is from the request to the first token on the host, TPOT the mean gap between the tokens "
+    "after it, tokens/s counts output tokens of all rows over the whole iteration.",
+    "Peak memory is that of the worker's whole process, runtime libraries included, on a CPU; what "
+    "torch allocated on a GPU.",
+    "x: how many times better than the baseline in the same block, above 1 is better; in brackets "
+    "the 95 % interval. Many ratios are shown: one in twenty intervals misses by chance.",
+)
+
+
+def show(report: Mapping[str, Any]) -> None:
+    """Print the speed tables on standard error."""
+    console = Console(stderr=True)
+    for title, rows in speed_tables(report):
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+        for index in ON_SCREEN:
+            table.add_column(SPEED[index], justify="right" if index else "left", no_wrap=True)
+        for row in rows:
+            table.add_row(*(row[index] for index in ON_SCREEN))
+        console.print(table)
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The whole of report.md."""
+    run = report["run"]
+    machine = run["machine"]
+    parts = [
+        f"# {' '.join(run.get('command', ['optpipe']))}",
+        f"{run['started']}, {run['duration_s']:.0f} s, seed {run['seed']}, "
+        f"{run['threads']} threads, {machine['cpu']}, {machine['cores_usable']} cores, "
+        f"load {machine['load'][0]:.2f}",
+    ]
+    for title, rows in speed_tables(report):
+        parts += [f"## {title}", _markdown_table(SPEED, rows)]
+    parts += ["## What was claimed, what is there", _markdown_table(SIZES, _size_rows(report))]
+    parts += [f"## Quality\n\n{_quality_line(run['design']['quality'])}"]
+    if reasons := sorted(set(_reasons(report))):
+        parts += ["## What is missing, and why", "\n".join(f"- {line}" for line in reasons)]
+    parts += ["## What these numbers do not include", "\n".join(f"- {n}" for n in NOT_INCLUDED)]
+    return "\n\n".join(parts) + "\n"
+
+
+def speed_tables(report: Mapping[str, Any]) -> Iterator[tuple[str, list[Row]]]:
+    """One table a cell: its title, its rows in pipeline order."""
+    artifacts = report["artifacts"]
+    for index, cell in enumerate(artifacts[0]["cells"]):
+        title = (
+            f"{cell['scenario']}: {cell['batch']} x {cell['prompt_tokens']} prompt tokens, "
+            f"{cell['new_tokens']} new, {cell['blocks']} blocks"
+        )
+        yield title, [_speed_row(artifact, artifact["cells"][index]) for artifact in artifacts]
+
+
+def _speed_row(artifact: Mapping[str, Any], cell: Mapping[str, Any]) -> Row:
+    quality, speedup = artifact["quality"], cell["speedup"]
+    return [
+        short(artifact),
+        _number(artifact["bytes"], 1e-6, "{:.1f}"),
+        _number(quality["perplexity"], 1, "{:.3f}"),
+        _number(quality["kl_mean"], 1, "{:.2g}"),
+        _number(cell["ttft_s"], 1e3, "{:.1f}"),
+        _number(cell["tpot_s"], 1e3, "{:.2f}"),
+        _number(cell["tokens_per_s"], 1, "{:.1f}"),
+        _number(cell["peak_bytes"], 1e-6, "{:.0f}"),
+        _number(speedup["ttft_s"]["ratio"], 1, "{:.2f}"),
+        _ratio(speedup["tpot_s"]),
+        _ratio(speedup["tokens_per_s"]),
+    ]
+
+
+def short(artifact: Mapping[str, Any]) -> str:
+    """A baseline by its name, an artifact by the last of the stages that made it."""
+    return f"+ {artifact['stage']}" if artifact["lineage"] else str(artifact["name"])
+
+
+def _size_rows(report: Mapping[str, Any]) -> list[Row]:
+    return [
+        [
+            short(artifact),
+            _number(artifact["bytes"], 1e-6, "{:.1f}"),
+            _number(artifact["weight_bytes"], 1e-6, "{:.1f}"),
+            _facts({k: v for k, v in artifact["stats"].items() if k != "verified"}),
+            _facts(artifact["stats"].get("verified", {})),
+        ]
+        for artifact in report["artifacts"]
+    ]
+
+
+def _facts(stats: Mapping[str, Any]) -> str:
+    """Stats in one cell of a table; a value for every layer becomes its range."""
+    return ", ".join(f"{key} {_fact(value)}" for key, value in stats.items() if value != {}) or NONE
+
+
+def _fact(value: Any) -> str:
+    if isinstance(value, Mapping):
+        numbers = [v for v in value.values() if isinstance(v, int | float)]
+        if len(set(value)) > 4 and len(numbers) == len(value):
+            return f"{min(numbers):g} to {max(numbers):g} ({len(numbers)} layers)"
+        return "; ".join(f"{key} {_fact(inner)}" for key, inner in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _reasons(report: Mapping[str, Any]) -> Iterator[str]:
+    """Every null of the tables with its reason, the same reason once for each artifact and cell."""
+    for artifact in report["artifacts"]:
+        name = short(artifact)
+        for field, why in {**artifact["reasons"], **artifact["quality"]["reasons"]}.items():
+            yield f"{name}, {field}: {why}"
+        for cell in artifact["cells"]:
+            where = f"{cell['scenario']} {cell['batch']} x {cell['prompt_tokens']}"
+            for why in {*cell["reasons"].values()}:
+                fields = ", ".join(f for f, w in cell["reasons"].items() if w == why)
+                yield f"{name}, {where}, {fields}: {why}"
+
+
+def _quality_line(about: Mapping[str, Any]) -> str:
+    if not about["windows"]:
+        return "No arm was left to judge."
+    source = f"`{about['text']}`" if about["text"] else "random token ids"
+    return (
+        f"{about['windows']} windows of {about['window']} tokens of {source}, not overlapping; "
+        "perplexity of every token but the first of a window; KL(baseline || artifact) over the "
+        f"whole vocabulary in {about['dtype']}, mean over the same tokens, in nats."
+    )
+
+
+def _markdown_table(header: Sequence[str], rows: Sequence[Row]) -> str:
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
+
+
+def _ratio(speedup: Mapping[str, Any]) -> str:
+    if speedup["ratio"] is None:
+        return NONE
+    ci = speedup["ci"]
+    return f"{speedup['ratio']:.2f}" + (f" [{ci[0]:.2f}, {ci[1]:.2f}]" if ci else "")
+
+
+def _number(value: float | None, scale: float, pattern: str) -> str:
+    return NONE if value is None else pattern.format(value * scale)

@@ -1,0 +1,122 @@
+"""The torch runtime: a transformers model, its DynamicCache, and nothing else between the tokens.
+
+Shapes: B rows, S tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from optpipe.artifact import Artifact
+from optpipe.bench.backend import Backend, Ids, Logits
+from optpipe.checkpoint import Checkpoint
+from optpipe.errors import InputError
+from optpipe.model import load
+
+DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")}
+
+
+class Torch(Backend):
+    """A checkpoint in torch, on the GPU where there is one."""
+
+    def __init__(self, artifact: Artifact, threads: int, dtype: str) -> None:
+        if dtype not in DTYPES:
+            raise InputError(f"dtype '{dtype}' is not one of {', '.join(DTYPES)}")
+        torch.set_num_threads(threads)
+        checkpoint = Checkpoint(artifact.path)
+        self._gpu = torch.cuda.is_available()
+        self.device = torch.cuda.get_device_name() if self._gpu else "cpu"
+        lm: Any = load(checkpoint, DTYPES[dtype])  # transformers hides the type of .to
+        self._lm = lm.to("cuda" if self._gpu else "cpu")
+        self.capacity, self.vocab = checkpoint.decoder.context, checkpoint.decoder.vocab
+        self.dtype, self.weight_bytes = dtype, _weight_bytes(self._lm)
+        self._cache: DynamicCache | None = None
+        self._pad_B: Tensor | None = None
+
+    @classmethod
+    def memory_bytes(cls, artifact: Artifact, dtype: str) -> int:
+        # Codes take a byte and zeros come back when a layer is opened: count all weights as dense.
+        checkpoint = Checkpoint(artifact.path)
+        forms = (checkpoint.forms or {}).values()
+        dense = sum(form.rows * form.cols for form in forms)
+        elements = sum(int(np.prod(shape)) for shape in checkpoint.shapes().values())
+        return (dense + elements) * int(DTYPES[dtype].itemsize)
+
+    @torch.inference_mode()
+    def prefill(self, ids_BS: Ids, lengths_B: Ids) -> Logits:
+        self._cache = DynamicCache(config=self._lm.config)
+        pad_B = ids_BS.shape[1] - lengths_B
+        self._pad_B = self._tensor(pad_B) if pad_B.any() else None
+        return self._run(_pad_left(ids_BS, pad_B), keep=1)[:, 0]
+
+    @torch.inference_mode()
+    def decode(self, tokens_B: Ids) -> Logits:
+        assert self._cache is not None
+        return self._run(tokens_B[:, None], keep=1)[:, 0]
+
+    @torch.inference_mode()
+    def extend(self, ids_BS: Ids) -> Logits:
+        assert self._cache is not None
+        return self._run(ids_BS, keep=0)
+
+    @torch.inference_mode()
+    def score(self, ids_BS: Ids) -> Logits:
+        self._cache = self._pad_B = None
+        logits: Tensor = self._lm(input_ids=self._tensor(ids_BS), use_cache=False).logits
+        return logits.float().cpu().numpy()
+
+    def close(self) -> None:
+        del self._lm
+        self._cache = None
+
+    def reset_peak(self) -> None:
+        if self._gpu:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            super().reset_peak()
+
+    def peak_bytes(self) -> int:
+        return torch.cuda.max_memory_allocated() if self._gpu else super().peak_bytes()
+
+    def _run(self, ids_BS: Ids, keep: int) -> Logits:
+        """Feed tokens on top of the cache; logits of the last ``keep`` of them (0: of all)."""
+        assert self._cache is not None
+        depth, new = int(self._cache.get_seq_length()), ids_BS.shape[1]
+        given: dict[str, Tensor] = {}
+        if self._pad_B is not None:
+            slots = torch.arange(depth + new, device=self._pad_B.device)
+            given["attention_mask"] = (slots >= self._pad_B[:, None]).long()
+            given["position_ids"] = (slots[depth:] - self._pad_B[:, None]).clamp(min=0)
+        logits: Tensor = self._lm(
+            input_ids=self._tensor(ids_BS),
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=keep,
+            **given,
+        ).logits
+        return logits.float().cpu().numpy()  # waits for the GPU, copies nothing on a CPU
+
+    def _tensor(self, array: Ids) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to("cuda" if self._gpu else "cpu")
+
+
+def _pad_left(ids_BS: Ids, pad_B: Ids) -> Ids:
+    """Move the padding from the right to the left, so that cache slots keep true distances.
+
+    Sliding-window masks count slots, not positions: a hole inside a row would shorten the window.
+    """
+    if not pad_B.any():
+        return ids_BS
+    return np.stack([np.roll(row, pad) for row, pad in zip(ids_BS, pad_B, strict=True)])
+
+
+def _weight_bytes(lm: torch.nn.Module) -> int:
+    """Parameters and buffers, each storage once: a tied head shares that of the embeddings."""
+    tensors = [*lm.parameters(), *lm.buffers()]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())

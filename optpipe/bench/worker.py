@@ -1,0 +1,225 @@
+"""One arm of the benchmark in a process of its own, resident for the whole session.
+
+The parent blocks on a pipe and never spins; a worker that raises, dies or does not answer becomes
+an error that names the arm and what it was doing.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import multiprocessing
+import signal
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from optpipe.artifact import Artifact
+from optpipe.bench.backend import Backend, Ids, backend_class
+from optpipe.bench.clock import Trace, generate
+from optpipe.errors import StageError
+
+START_S = 300.0
+"""Longest wait for a worker to import its runtime."""
+CLOSE_S = 10.0
+KILLED = -9
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """An artifact, and how to run it."""
+
+    name: str
+    artifact: Artifact
+    dtype: str
+    threads: int
+    find: Callable[[str], type[Backend]] = backend_class
+    """Format -> backend; a module-level function, since the worker looks it up by name."""
+
+    def memory_bytes(self) -> int:
+        """Upper estimate of what its weights take once loaded."""
+        return self.find(self.artifact.format).memory_bytes(self.artifact, self.dtype)
+
+
+class Command(Protocol):
+    """A picklable question to a worker: called there with the open backend, answered by pipe."""
+
+    def __call__(self, backend: Backend) -> Any: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """What opening the artifact told."""
+
+    load_s: float
+    """Time from the files to a backend that can run; the import of the runtime is not in it."""
+    capacity: int
+    vocab: int
+    weight_bytes: int
+    dtype: str
+    device: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Iteration:
+    """The answer to :class:`Iterate`."""
+
+    trace: Trace
+    cpu_s: float
+    """CPU time of all threads of the worker."""
+    peak_bytes: int | None
+    """None where the system does not keep a peak that can be reset."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Iterate:
+    """Run one iteration: prompts in, ``new_tokens`` greedy tokens out."""
+
+    ids_BS: Ids
+    new_tokens: int
+    limit_ns: int | None = None
+
+    def __call__(self, backend: Backend) -> Iteration:
+        clock = time.perf_counter_ns
+        has_peak = True
+        try:
+            backend.reset_peak()
+        except OSError:
+            has_peak = False
+        cpu_ns = time.process_time_ns()
+        trace = generate(backend, self.ids_BS, self.new_tokens, self.limit_ns, clock)
+        cpu_s = (time.process_time_ns() - cpu_ns) / 1e9
+        return Iteration(
+            trace=trace, cpu_s=cpu_s, peak_bytes=backend.peak_bytes() if has_peak else None
+        )
+
+
+class Worker:
+    """The parent's end of an arm. A context manager: leaving it ends the process."""
+
+    def __init__(self, arm: Arm) -> None:
+        self.arm = arm
+        context = multiprocessing.get_context("spawn")  # a fork would copy the parent's threads
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, arm), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def imported(self) -> None:
+        """Wait until the worker has imported its runtime."""
+        self._receive("starting", START_S)
+
+    def load(self, timeout_s: float) -> Loaded:
+        """Open the artifact; after :meth:`imported`."""
+        self._send("load", "loading")
+        loaded: Loaded = self._receive("loading", timeout_s)
+        return loaded
+
+    def submit(self, command: Command, doing: str) -> int:
+        """Send a command; the time just before it went, nanoseconds."""
+        now = time.perf_counter_ns()
+        self._send(command, doing)
+        return now
+
+    def result(self, doing: str, timeout_s: float | None = None) -> Any:
+        """The answer. Raises TimeoutError after ``timeout_s``, StageError if the worker failed."""
+        return self._receive(doing, timeout_s)
+
+    def ask(self, command: Command, doing: str, timeout_s: float | None = None) -> Any:
+        self.submit(command, doing)
+        return self.result(doing, timeout_s)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+    def close(self) -> None:
+        with suppress(OSError):  # the worker may be gone
+            self._pipe.send(None)
+        self._process.join(CLOSE_S)
+        if self._process.is_alive():
+            self.kill()
+        self._pipe.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.kill() if error else self.close()
+
+    def _send(self, message: object, doing: str) -> None:
+        try:
+            self._pipe.send(message)
+        except OSError as error:
+            raise self._died(doing) from error
+
+    def _receive(self, doing: str, timeout_s: float | None) -> Any:
+        if not wait([self._pipe, self._process.sentinel], timeout_s):
+            raise TimeoutError(f"no answer within {timeout_s:.0f} s")
+        try:
+            answer = self._pipe.recv() if self._pipe.poll() else None
+        except (EOFError, OSError) as error:
+            raise self._died(doing) from error
+        if answer is None:
+            raise self._died(doing)
+        kind, content = answer
+        if kind == "error":
+            log.error("arm '%s', %s:\n%s", self.arm.name, doing, content)
+            last = content.strip().splitlines()[-1]
+            raise StageError(f"benchmark arm '{self.arm.name}', {doing}: {last}")
+        return content
+
+    def _died(self, doing: str) -> StageError:
+        self._process.join(CLOSE_S)
+        code = self._process.exitcode
+        hint = " (killed; out of memory?)" if code == KILLED else ""
+        return StageError(
+            f"benchmark arm '{self.arm.name}', {doing}: its process ended with code {code}{hint}"
+        )
+
+
+def _serve(pipe: Connection, arm: Arm) -> None:
+    """The whole life of a worker process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    try:
+        _answer(pipe, arm)
+    except (EOFError, BrokenPipeError):
+        pass  # the parent is gone
+    except BaseException:  # noqa: BLE001  the boundary: whatever it was, the parent must hear it
+        pipe.send(("error", traceback.format_exc()))
+
+
+def _answer(pipe: Connection, arm: Arm) -> None:
+    opener = arm.find(arm.artifact.format)
+    pipe.send(("imported", True))
+    if pipe.recv() is None:
+        return
+    start = time.perf_counter_ns()
+    with opener(arm.artifact, arm.threads, arm.dtype) as backend:
+        pipe.send(("loaded", _loaded(backend, (time.perf_counter_ns() - start) / 1e9)))
+        gc.freeze()  # the modules of the runtime are no garbage: do not walk them while timing
+        while (command := pipe.recv()) is not None:
+            pipe.send(("done", command(backend)))
+
+
+def _loaded(backend: Backend, load_s: float) -> Loaded:
+    return Loaded(
+        load_s=load_s,
+        capacity=backend.capacity,
+        vocab=backend.vocab,
+        weight_bytes=backend.weight_bytes,
+        dtype=backend.dtype,
+        device=backend.device,
+    )

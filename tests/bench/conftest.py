@@ -1,0 +1,68 @@
+"""Fakes that worker processes can import, and workers that need no process."""
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # spawned workers inherit it and find fakes.py
+
+import fakes
+
+from optpipe.bench.worker import Arm, Loaded
+
+
+class Local:
+    """Stands in for a Worker: the same questions, answered in this process."""
+
+    def __init__(self, arm):
+        self.arm, self.killed = arm, False
+        self.backend = arm.find(arm.artifact.format)(arm.artifact, arm.threads, arm.dtype)
+        self.asked = []
+
+    def submit(self, command, doing):
+        self.asked.append(command)
+        return time.perf_counter_ns()
+
+    def result(self, doing, timeout_s=None):
+        if self.backend.plan.get("fault") == "hang":
+            raise TimeoutError(f"no answer within {timeout_s:.0f} s")
+        return self.asked[-1](self.backend)
+
+    def ask(self, command, doing, timeout_s=None):
+        self.submit(command, doing)
+        return self.result(doing, timeout_s)
+
+    def kill(self):
+        self.killed = True
+
+    @property
+    def loaded(self):
+        backend = self.backend
+        return Loaded(
+            load_s=1.5,
+            capacity=backend.capacity,
+            vocab=backend.vocab,
+            weight_bytes=backend.weight_bytes,
+            dtype=backend.dtype,
+            device=backend.device,
+        )
+
+
+@pytest.fixture
+def arm(tmp_path):
+    """arm(name, **plan) -> an arm whose backend behaves as planned; see fakes.py."""
+
+    def make(name, **plan):
+        lineage = () if name.startswith("baseline") else (name,)
+        artifact = fakes.fake_artifact(tmp_path / name, *lineage, **plan)
+        return Arm(name=name, artifact=artifact, dtype="float32", threads=1, find=fakes.find)
+
+    return make
+
+
+@pytest.fixture
+def local(arm):
+    """local(name, **plan) -> a worker in this process."""
+    return lambda name, **plan: Local(arm(name, **plan))

@@ -1,0 +1,70 @@
+"""Backends with known delays and known faults; in a file of its own, for workers import it."""
+
+import os
+import time
+
+import numpy as np
+
+from optpipe.artifact import Artifact
+from optpipe.bench.backend import Backend
+
+VOCAB = 11
+
+
+class Fake(Backend):
+    """Takes its behaviour from the stats of its artifact; sleeps to absolute deadlines."""
+
+    vocab = VOCAB
+    dtype, device, weight_bytes = "float32", "cpu", 1
+
+    def __init__(self, artifact, threads, dtype):
+        self.plan = artifact.stats
+        self.capacity = self.plan.get("capacity", 64)
+        if self.plan.get("fault") == "load":
+            raise ValueError("no such tensor")
+
+    def prefill(self, ids_BS, lengths_B):
+        self._fail()
+        self._sleep("prefill_s")
+        self.next_B = ids_BS.sum(-1) % VOCAB
+        return np.eye(VOCAB, dtype=np.float32)[self.next_B]
+
+    def decode(self, tokens_B):
+        self._sleep("decode_s")
+        self.next_B = (tokens_B + 1) % VOCAB  # so that the tokens fed back can be seen
+        return np.eye(VOCAB, dtype=np.float32)[self.next_B]
+
+    def extend(self, ids_BS):
+        raise AssertionError
+
+    def score(self, ids_BS):
+        self._fail()
+        rng = np.random.default_rng(ids_BS.ravel())
+        base = rng.normal(size=(*ids_BS.shape, VOCAB)) * 2
+        noise = np.random.default_rng(0).normal(size=base.shape)
+        return (base + self.plan.get("noise", 0.0) * noise).astype(np.float32)
+
+    def close(self):
+        pass
+
+    def _sleep(self, name):
+        time.sleep(self.plan.get(name, 0.0))
+
+    def _fail(self):
+        fault = self.plan.get("fault")
+        if fault == "raise":
+            raise FloatingPointError("the kernel is unhappy")
+        if fault == "die":
+            os._exit(7)
+        if fault == "hang":
+            time.sleep(3600)
+
+
+def find(format):
+    return Fake
+
+
+def fake_artifact(folder, *lineage, **plan):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "weights").write_bytes(bytes(1000))
+    return Artifact(path=folder, format="fake", key="k", lineage=lineage, stats=plan)

@@ -1,0 +1,140 @@
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from optpipe.bench import measure as module
+from optpipe.bench.measure import BenchConfig, Measured, Session, measure
+from optpipe.bench.scenario import Cell, hash_ids, prompts
+from optpipe.errors import InputError
+
+CELL = Cell("single", 2, 8, 3)
+QUICK = {"blocks": 6, "warmup": 2, "seed": 5, "iteration_limit_s": 5}
+
+
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch):
+    monkeypatch.setattr(module, "SETTLE_S", 0.0)
+
+
+def timed(workers, cells=(CELL,), budget_s=60.0, **fields):
+    session = Session(
+        number=0,
+        workers=workers,
+        loaded={name: worker.loaded for name, worker in workers.items()},
+        budget_s=budget_s,
+    )
+    found, said = Measured(), []
+    config = BenchConfig(**(QUICK | fields))
+    measure(session, cells, config, found, lambda *what: said.append(what))
+    return found, said
+
+
+def blocks(found, reason=None):
+    """(block -> arms in the order they ran)"""
+    by_block = {}
+    for sample in sorted(found.samples, key=lambda s: s.submit_ns):
+        if sample.reason == reason:
+            by_block.setdefault(sample.block, []).append(sample.arm)
+    return by_block
+
+
+def test_every_block_runs_every_arm_once_in_an_order_that_varies_with_the_seed(local):
+    def order(seed):
+        found, _ = timed({name: local(name) for name in "abc"}, seed=seed, blocks=60)
+        return blocks(found)
+
+    first = order(1)
+    assert [*first] == [*range(60)]
+    assert all(sorted(arms) == ["a", "b", "c"] for arms in first.values())
+    assert len({tuple(arms) for arms in first.values()}) == 6, "all orders of three occur"
+    assert min(Counter(arms[0] for arms in first.values()).values()) >= 10
+    assert first == order(1) != order(2)
+
+
+def test_positions_are_the_order_within_a_block(local):
+    found, _ = timed({name: local(name) for name in "abc"})
+    for block, arms in blocks(found).items():
+        placed = {s.position: s.arm for s in found.samples if s.block == block and not s.reason}
+        assert [placed[i] for i in range(3)] == arms
+
+
+def test_warm_up_comes_first_and_is_kept_apart(local):
+    found, _ = timed({name: local(name) for name in "ab"}, warmup=3)
+    assert Counter(s.reason for s in found.samples) == {"warmup": 6, None: 12}
+    assert [s.reason for s in found.samples[:6]] == ["warmup"] * 6
+    assert {s.block for s in found.samples[:6]} == {-3, -2, -1}
+
+
+def test_all_arms_and_blocks_get_the_same_token_ids(local):
+    workers = {name: local(name) for name in "ab"}
+    found, _ = timed(workers)
+    expected = prompts(CELL, 11, seed=5)
+    for worker in workers.values():
+        for command in worker.asked:
+            np.testing.assert_array_equal(command.ids_BS, expected)
+    assert found.prompts == {CELL: hash_ids(expected)}
+    assert len({s.tokens_hash for s in found.samples}) == 1, "equal arms answer alike"
+
+
+def test_an_arm_that_is_too_slow_leaves_the_cell_with_the_reason(local):
+    workers = {"base": local("base"), "slow": local("slow", prefill_s=0.03)}
+    found, _ = timed(workers, iteration_limit_s=0.02)
+    assert "more than bench.iteration_limit_s=0.02" in found.dropped["slow", CELL]
+    assert "for 1 of 3 tokens" in found.dropped["slow", CELL]
+    assert all(arms == ["base"] for arms in blocks(found).values())
+    assert not workers["slow"].killed
+
+
+def test_an_arm_that_never_answers_is_ended_and_leaves_all_cells(local):
+    workers = {"base": local("base"), "stuck": local("stuck", fault="hang")}
+    found, _ = timed(workers, cells=[CELL, CELL._replace(batch=1)])
+    assert workers["stuck"].killed
+    assert "no answer within 15 s" in found.dead["stuck"]
+    assert {arm for arms in blocks(found).values() for arm in arms} == {"base"}
+
+
+def test_a_cell_that_does_not_fit_the_cache_of_an_arm_is_not_run_there(local):
+    workers = {"base": local("base"), "small": local("small", capacity=10)}
+    found, _ = timed(workers)
+    assert found.dropped == {("small", CELL): "11 tokens do not fit in its KV cache of 10"}
+    assert workers["small"].asked == []
+
+
+def test_the_budget_ends_a_cell_after_a_whole_block_but_not_before_the_first(local):
+    workers = {name: local(name, prefill_s=0.001) for name in "ab"}
+    found, _ = timed(workers, budget_s=0.0)
+    assert blocks(found).keys() == {0}
+    assert found.stopped[CELL].endswith("after 1 of 6 blocks")
+
+
+def test_limits_do_not_reach_into_timed_iterations(local):
+    worker = local("a")
+    timed({"a": worker})
+    limits = [command.limit_ns for command in worker.asked]
+    assert limits == [5_000_000_000] * 2 + [None] * 6
+
+
+def test_progress_counts_up_to_its_total(local):
+    cells = [CELL, CELL._replace(batch=1)]
+    _, said = timed({"a": local("a")}, cells=cells)
+    counts = [done for _, done, _ in said]
+    assert counts == sorted(counts) and {total for *_, total in said} == {16}
+    assert counts[-1] == 16
+    assert said[0][0] == "benchmark: single 1 x 8 + 3", "short cells come first"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"blocks": 0}, "bench.blocks=0"),
+        ({"warmup": 1}, "bench.warmup=1"),
+        ({"threads": 0}, "bench.threads=0"),
+        ({"dtypes": []}, r"bench.dtypes=\[\]"),
+        ({"dtypes": ["float32", "float32"]}, "each once"),
+        ({"dtypes": ["int3"]}, "'int3' is not one of float32, float16, bfloat16"),
+    ],
+)
+def test_bad_values_are_refused(fields, message):
+    with pytest.raises(InputError, match=message):
+        BenchConfig(**fields)

@@ -1,0 +1,89 @@
+import multiprocessing
+import time
+
+import numpy as np
+import pytest
+
+from optpipe.bench.clock import metrics
+from optpipe.bench.worker import Iterate, Worker
+from optpipe.errors import StageError
+
+CELL = "single 1 x 4 + 3"
+
+
+def question(new_tokens=3):
+    return Iterate(ids_BS=np.zeros((1, 4), np.int64), new_tokens=new_tokens)
+
+
+def opened(arm):
+    worker = Worker(arm)
+    worker.imported()
+    worker.load(60)
+    return worker
+
+
+def test_a_worker_measures_the_delays_it_was_given(arm):
+    planned = {"ttft_s": 0.05, "tpot_s": 0.01, "e2e_s": 0.07}
+    with Worker(arm("slow", prefill_s=0.05, decode_s=0.01)) as worker:
+        worker.imported()
+        loaded = worker.load(60)
+        found = []
+        started_s = time.process_time()
+        for _ in range(5):
+            submit_ns = worker.submit(question(), CELL)
+            answer = worker.result(CELL, 60)
+            trace = answer.trace
+            found.append(metrics(submit_ns, trace.start_ns, trace.token_ns, 1))
+        waiting_s = time.process_time() - started_s
+    assert (loaded.capacity, loaded.vocab) == (64, 11)
+    for name, value in planned.items():  # the machine may be busy: the least of five is the work
+        least = min(sample[name] for sample in found)
+        assert value <= least <= 1.2 * value
+    assert min(sample["queue_s"] for sample in found) > 0
+    assert waiting_s < 0.2 * 5 * planned["e2e_s"], "the parent must block, not spin"
+    assert answer.peak_bytes is None or answer.peak_bytes > 1_000_000
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("die", f"arm 'bad', {CELL}: its process ended with code 7"),
+        ("raise", f"arm 'bad', {CELL}: FloatingPointError: the kernel is unhappy"),
+    ],
+)
+def test_a_worker_that_fails_names_its_arm_and_cell(arm, fault, message):
+    with (
+        pytest.raises(StageError, match=message.replace("+", r"\+")),
+        Worker(arm("bad", fault=fault)) as worker,
+    ):
+        worker.imported()
+        worker.load(60)
+        worker.ask(question(), CELL, 60)
+    assert multiprocessing.active_children() == []
+
+
+def test_an_artifact_that_does_not_open_names_its_arm(arm):
+    with (
+        pytest.raises(StageError, match="arm 'bad', loading: ValueError: no such tensor"),
+        Worker(arm("bad", fault="load")) as worker,
+    ):
+        worker.imported()
+        worker.load(60)
+
+
+def test_a_worker_that_does_not_answer_can_be_ended(arm):
+    worker = opened(arm("stuck", fault="hang"))
+    with pytest.raises(TimeoutError, match="no answer within 0 s"):
+        worker.ask(question(), CELL, 0.2)
+    worker.kill()
+    with pytest.raises(StageError, match="'stuck'"):
+        worker.ask(question(), CELL)
+    worker.close()
+    assert multiprocessing.active_children() == []
+
+
+def test_a_worker_that_was_never_loaded_goes_away(arm):
+    with Worker(arm("idle")):
+        pass
+    assert multiprocessing.active_children() == []
