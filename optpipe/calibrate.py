@@ -47,24 +47,21 @@ class Calib:
                 f"at least 1 sample of 2 tokens is needed, got {self.samples} x {self.tokens}"
             )
 
-    def inputs(self, checkpoint: Checkpoint) -> str | None:
-        """A hash of the text, for the key of an artifact. Raises InputError if it cannot do."""
-        context = checkpoint.decoder.context
-        if self.tokens > context:
-            raise InputError(f"calib.tokens={self.tokens} exceeds the context of {context} tokens")
-        if self.source == "random":
-            return None
-        if not has_tokenizer(checkpoint.path):
-            raise InputError(f"{no_tokenizer(checkpoint.path)}; use calib=random")
-        return fingerprint(self._text())
+    def inputs(self, checkpoint: Checkpoint) -> str:
+        """A hash of the tokens, for the key of an artifact. Raises InputError as ``ids`` does."""
+        return fingerprint(self.ids(checkpoint).tolist())
 
     def ids(self, checkpoint: Checkpoint) -> Tensor:
         """Token ids, (S, T). Raises InputError if the text is too short or cannot be read."""
-        self.inputs(checkpoint)
+        context = checkpoint.decoder.context
+        if self.tokens > context:
+            raise InputError(f"calib.tokens={self.tokens} exceeds the context of {context} tokens")
         generator = torch.Generator().manual_seed(self.seed)
         if self.source == "random":
             shape = (self.samples, self.tokens)
             return torch.randint(checkpoint.decoder.vocab, shape, generator=generator)
+        if not has_tokenizer(checkpoint.path):
+            raise InputError(f"{no_tokenizer(checkpoint.path)}; use calib=random")
         bos, ids = leading(checkpoint.path), tokenize(checkpoint.path, self._text())
         body = self.tokens - len(bos)
         windows = len(ids) // body

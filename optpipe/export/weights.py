@@ -31,7 +31,8 @@ class Weights:
     def linear(self, x: str, name: str, output: str | None = None) -> str:
         """y = x @ W.T + b for the layer ``name``, whatever its form."""
         forms = self.checkpoint.forms or {}
-        return self._layer(x, name, model.layer(name, forms, self.checkpoint, self.dtype), output)
+        module = model.layer(name, forms, self.checkpoint, self.checkpoint.dtype)
+        return self._layer(x, name, module, output)
 
     def _layer(self, x: str, name: str, module: nn.Module, output: str | None) -> str:
         if isinstance(module, LowRank):
@@ -126,7 +127,7 @@ class Weights:
         return self.tensor(name, torch.tensor(value))
 
     def tensor(self, name: str, value: Tensor) -> str:
-        data = value.to(self.dtype).contiguous()
+        data = value.contiguous().to(self.dtype)  # transposed while it is still small
         if data.dtype == torch.bfloat16:  # numpy has no bfloat16; only the bytes matter here
             data = data.view(torch.uint16)
         return self.graph.raw(name, self.onnx_dtype, tuple(value.shape), data.numpy())

@@ -47,7 +47,7 @@ class SvdLlm(Factorize):
     def factors(self, weight_RC: Tensor, rank: int, statistic: Gram) -> tuple[Tensor, Tensor]:
         return whitened(weight_RC, statistic.mean_CC, rank)
 
-    def inputs(self, model: Checkpoint) -> str | None:
+    def inputs(self, model: Checkpoint) -> str:
         return self.calib.inputs(model)
 
     def observation(self, checkpoint: Checkpoint, wanted: frozenset[str]) -> Observation:

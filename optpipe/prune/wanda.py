@@ -22,7 +22,7 @@ class Wanda(Prune):
         """Eq. 1 of the paper."""
         return weight_RC.abs() * statistic.norm_C.to(weight_RC.dtype)
 
-    def inputs(self, model: Checkpoint) -> str | None:
+    def inputs(self, model: Checkpoint) -> str:
         return self.calib.inputs(model)
 
     def observation(self, checkpoint: Checkpoint, wanted: frozenset[str]) -> Observation:

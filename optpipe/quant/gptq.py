@@ -93,7 +93,7 @@ class Gptq(Quantize):
         codes_RC = compensate(weight_RC, factor_CC, grid, order_C, mask_of(layer))
         return grid.module(codes_RC, layer)
 
-    def inputs(self, model: Checkpoint) -> str | None:
+    def inputs(self, model: Checkpoint) -> str:
         return self.calib.inputs(model)
 
     def observation(self, checkpoint: Checkpoint, wanted: frozenset[str]) -> Observation:
