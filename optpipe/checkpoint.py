@@ -42,6 +42,7 @@ class Checkpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._open: dict[str, Any] = {}
+        self._prefix = ""
 
     @cached_property
     def config(self) -> Any:
@@ -68,10 +69,14 @@ class Checkpoint:
             listed, names = None, [SINGLE]
         else:
             raise InputError(_no_weights(self.path))
-        found = {tensor: name for name in names for tensor in _header(self.path / name)}
-        if listed is not None and (missing := sorted(set(listed) - set(found))):
+        headers = {name: _header(self.path / name) for name in names}
+        found = {tensor for header in headers.values() for tensor in header}
+        if listed is not None and (missing := sorted(set(listed) - found)):
             raise InputError(f"tensor '{missing[0]}' is listed in {INDEX} but in no file")
-        return found
+        # a base model saved on its own, such as the original GPT-2, leaves the prefix out
+        prefix = self.decoder.embed.partition(".")[0] + "."
+        self._prefix = "" if any(name.startswith(prefix) for name in found) else prefix
+        return {self._prefix + t: name for name, header in headers.items() for t in header}
 
     @cached_property
     def forms(self) -> Layers | None:
@@ -91,7 +96,8 @@ class Checkpoint:
     def dtype(self) -> torch.dtype:
         """What floating-point tensors are stored as, whatever the config says."""
         name = f"{self.decoder.embed}.weight"
-        stored = _header(self.path / self.files[name])[name]["dtype"]
+        header = _header(self.path / self.files[name])
+        stored = header[name.removeprefix(self._prefix)]["dtype"]
         if stored not in DTYPES:
             raise InputError(f"'{name}' is stored as {stored}; allowed are {', '.join(DTYPES)}")
         return DTYPES[stored]
@@ -103,13 +109,13 @@ class Checkpoint:
         file = self.files[name]
         if file not in self._open:
             self._open[file] = safe_open(self.path / file, framework="pt")
-        tensor: Tensor = self._open[file].get_tensor(name)
+        tensor: Tensor = self._open[file].get_tensor(name.removeprefix(self._prefix))
         return tensor
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every stored tensor, from the headers alone."""
         return {
-            tensor: tuple(entry["shape"])
+            self._prefix + tensor: tuple(entry["shape"])
             for name in sorted(set(self.files.values()))
             for tensor, entry in _header(self.path / name).items()
         }

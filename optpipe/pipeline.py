@@ -84,8 +84,8 @@ def check_space(steps: list[Step], source: Source, store: Path) -> None:
     free = shutil.disk_usage(store).free
     if needed > free:
         raise InputError(
-            f"store '{store}' has {free / 1e9:.2f} GB free, but this run may write "
-            f"{needed / 1e9:.2f} GB; free some space or give another folder: store=..."
+            f"store '{store}' has {free / 1e6:,.1f} MB free, but this run may write "
+            f"{needed / 1e6:,.1f} MB; free some space or give another folder: store=..."
         )
 
 
@@ -165,13 +165,13 @@ def _advice(stages: Mapping[str, Stage]) -> str:
 
 
 def _order(left: Mapping[str, Stage], made: str) -> list[str] | None:
-    """An order of all these stages that fits, staying in a format as long as possible."""
+    """An order of all these stages that fits, as close to theirs as possible."""
     if not left:
         return []
-    for name in sorted(left, key=lambda n: left[n].produces != made):
-        if made in left[name].accepts:
-            others = {n: stage for n, stage in left.items() if n != name}
-            rest = _order(others, left[name].produces)
+    for name, stage in left.items():
+        if made in stage.accepts:
+            others = {other: left[other] for other in left if other != name}
+            rest = _order(others, stage.produces)
             if rest is not None:
                 return [name, *rest]
     return None

@@ -181,7 +181,7 @@ def test_broken_models_are_refused(optpipe, tiny, tmp_path):
 def test_full_disk_is_noticed_before_any_work(optpipe, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     result = optpipe("model=hf", f"model.path={tiny()}", *SMALL, "stages=[export]")
-    assert result.code == 2 and "0.00 GB free" in result.errors[0]
+    assert result.code == 2 and "0.0 MB free" in result.errors[0]
     assert list((tmp_path / "store").iterdir()) == []
 
 

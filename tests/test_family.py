@@ -44,3 +44,18 @@ def test_an_unsupported_activation_is_refused(tmp_path, tiny):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="activation 'relu6'"):
         _ = Checkpoint(tmp_path).decoder
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_base_model_saved_on_its_own_is_the_same_model(name, tiny, tmp_path):
+    """The original GPT-2 on the hub is stored without the prefix 'transformer.'."""
+    whole = transformers.AutoModelForCausalLM.from_pretrained(tiny(name), dtype=torch.float32)
+    whole.lm_head.weight = whole.get_input_embeddings().weight  # a base model has no head
+    whole.config.tie_word_embeddings = True
+    whole.base_model.save_pretrained(tmp_path)
+    whole.config.save_pretrained(tmp_path)
+    checkpoint = Checkpoint(tmp_path)
+    model.check_complete(checkpoint)
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        assert torch.equal(model.load(checkpoint)(ids).logits, whole(ids).logits)

@@ -35,9 +35,6 @@ class Add(Stage):
             raise ValueError("word is impossible")
         return layers
 
-    def output_bytes(self, layers, source_bytes):
-        return 1000
-
     def run(self, source, out, progress):
         (out / "half").write_text("half")
         progress("word", 0, 1)
@@ -255,12 +252,13 @@ def test_runs_that_make_the_same_artifact_at_once_all_get_it(tmp_path):
 
 def test_space_is_needed_only_for_what_is_not_there_yet(source, tmp_path, monkeypatch):
     stages = {"x": Add(word="x"), "y": Add(word="y")}
-    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1999))
-    with pytest.raises(InputError, match=r"has 0.00 GB free, but this run may write 0.00 GB"):
+    monkeypatch.setattr(Add, "output_bytes", lambda self, layers, source_bytes: 2_000_000)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=3_900_000))
+    with pytest.raises(InputError, match=r"has 3\.9 MB free, but this run may write 4\.0 MB"):
         pipeline.check_space(pipeline.check(stages, source, tmp_path), source, tmp_path)
     made({"x": Add(word="x")}, source, tmp_path)
     pipeline.check_space(pipeline.check(stages, source, tmp_path), source, tmp_path)
-    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=999))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1_900_000))
     with pytest.raises(InputError):
         pipeline.check_space(pipeline.check(stages, source, tmp_path), source, tmp_path)
 

@@ -59,6 +59,9 @@ class Onnx(Stage):
         if self.capacity is not None and self.capacity < 1:
             raise ValueError(f"capacity must be at least 1 token, got {self.capacity}")
 
+    def inputs(self, model: Checkpoint) -> None:
+        _check_rope(model, _capacity(model, self.capacity))
+
     def output_bytes(self, layers: Layers, source_bytes: int) -> int:
         stored = sum(form.stored_bits() for form in layers.values()) / 8
         rest = max(0.0, source_bytes - stored)
@@ -182,14 +185,10 @@ class Emitter:
 def _rotary_tables(
     checkpoint: Checkpoint, capacity: int
 ) -> dict[str | None, tuple[Tensor, Tensor]]:
-    """cos and sin, (capacity, half the rotated dimensions), by layer type; exactly as in torch.
-
-    Raises InputError for tables that change with the length of the sequence.
-    """
+    """cos and sin, (capacity, half the rotated dimensions), by layer type; exactly as in torch."""
     decoder = checkpoint.decoder
     if decoder.rotary is None:
         return {}
-    _check_rope(checkpoint, capacity)
     rotary = model.empty(checkpoint.config).get_submodule(decoder.rotary)
     positions, x = torch.arange(capacity)[None], torch.zeros(1, 1, dtype=torch.float32)
     tables = {}
@@ -201,6 +200,9 @@ def _rotary_tables(
 
 
 def _check_rope(checkpoint: Checkpoint, capacity: int) -> None:
+    """Raise InputError for a rotary table that changes with the length of the sequence."""
+    if checkpoint.decoder.rotary is None:
+        return
     rope = checkpoint.config.rope_parameters or {}
     for entry in (rope, *(v for v in rope.values() if isinstance(v, dict))):
         kind = entry.get("rope_type", "default")

@@ -87,9 +87,9 @@ def test_a_full_cache_is_an_error_and_not_garbage(tiny, tmp_path, ids):
         engine.decode(ids[:, 32])
 
 
-def test_capacity_beyond_the_context_is_refused(tiny, tmp_path):
+def test_capacity_beyond_the_context_is_refused(tiny):
     with pytest.raises(InputError, match=r"capacity 129 .* 128"):
-        export(tiny(), tmp_path / "onnx", capacity=129)
+        Onnx(capacity=129).inputs(Checkpoint(tiny()))
 
 
 def test_a_rotary_table_that_changes_with_length_is_refused(tmp_path, ids):
@@ -102,7 +102,7 @@ def test_a_rotary_table_that_changes_with_length_is_refused(tmp_path, ids):
     )  # fmt: skip
     transformers.Phi3ForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"longrope.*at most 64, got 128"):
-        export(tmp_path, tmp_path / "onnx")
+        Onnx().inputs(Checkpoint(tmp_path))
     engine = export(tmp_path, tmp_path / "onnx", capacity=64)
     assert error(engine.score(ids), reference(tmp_path, ids)) < 2e-5
 
