@@ -2,7 +2,7 @@
 
 import sys
 
-from optpipe.cli import main
+if __name__ == "__main__":  # not in a worker, which the benchmark spawns by importing this again
+    from optpipe.cli import main
 
-if __name__ == "__main__":  # the guard lets the benchmark spawn worker processes
     sys.exit(main())

@@ -34,6 +34,17 @@ class Artifact:
     stats: Stats = field(default_factory=dict)
     """What was claimed and what was found in the files, such as sparsity or bits per weight."""
 
+    files: dict[str, int] = field(default_factory=dict)
+    """Every file of the artifact with its size in bytes, the manifest aside."""
+
+    @property
+    def intact(self) -> bool:
+        """Whether all its files are still there, none cut short."""
+        return all(
+            (self.path / name).is_file() and (self.path / name).stat().st_size == size
+            for name, size in self.files.items()
+        )
+
     @property
     def name(self) -> str:
         return "+".join(self.lineage) or "baseline"
@@ -54,16 +65,21 @@ def publish(final: Path, make: Callable[[Path], Artifact]) -> Artifact:
     ``make`` returns the artifact with ``path`` still inside the temporary folder. If another
     process published the same key meanwhile, its folder is kept: equal key, equal artifact.
     """
-    temporary = final.with_name(f".{final.name}.{_owner()}.{uuid.uuid4().hex}")
+    temporary = final.with_name(f".{final.name}.{owner()}.{uuid.uuid4().hex}")
     temporary.mkdir(parents=True)
     try:
         record = {k: v for k, v in asdict(make(temporary)).items() if k != "path"}
+        found = (file for file in sorted(temporary.rglob("*")) if file.is_file())
+        record["files"] = {str(f.relative_to(temporary)): f.stat().st_size for f in found}
         (temporary / MANIFEST).write_text(json.dumps(record, indent=2) + "\n")
         try:
             temporary.rename(final)
         except OSError:  # a folder that is not empty is never replaced
             if not (final / MANIFEST).is_file():
                 raise
+            if not Artifact.load(final).intact:  # damaged since it was made
+                shutil.rmtree(final)
+                temporary.rename(final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Artifact.load(final)
@@ -77,7 +93,7 @@ def sweep(store: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _owner() -> str:
+def owner() -> str:
     """A store may be shared by containers and machines, where process numbers repeat."""
     return f"{platform.node()}.{os.getpid()}"
 

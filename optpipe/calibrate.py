@@ -63,6 +63,11 @@ class Calib:
         if not has_tokenizer(checkpoint.path):
             raise InputError(f"{no_tokenizer(checkpoint.path)}; use calib=random")
         bos, ids = leading(checkpoint.path), tokenize(checkpoint.path, self._text())
+        if max(ids, default=0) >= checkpoint.decoder.vocab:
+            raise InputError(
+                f"the tokenizer in '{checkpoint.path}' makes token {max(ids)}, but the model's "
+                f"vocabulary ends at {checkpoint.decoder.vocab - 1}"
+            )
         body = self.tokens - len(bos)
         windows = len(ids) // body
         if windows < self.samples:

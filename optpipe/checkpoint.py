@@ -33,7 +33,7 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 """Floating-point types by their names in safetensors."""
 SIDE_FILES = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",
-              "vocab.json", "merges.txt", "chat_template*")  # fmt: skip
+              "added_tokens.json", "vocab.json", "merges.txt", "chat_template*")  # fmt: skip
 
 
 class Checkpoint:
@@ -63,7 +63,7 @@ class Checkpoint:
     def files(self) -> dict[str, str]:
         """Tensor name -> file name, every header checked against the size of its file."""
         if (self.path / INDEX).is_file():
-            listed = json.loads((self.path / INDEX).read_text())["weight_map"]
+            listed = _weight_map(self.path / INDEX)
             names = sorted(set(listed.values()))
         elif (self.path / SINGLE).is_file():
             listed, names = None, [SINGLE]
@@ -163,6 +163,13 @@ def _dump(file: Path, content: object) -> None:
     file.write_text(json.dumps(content, indent=1) + "\n")
 
 
+def _weight_map(file: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads(file.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"'{file}' is no index of weights: {one_line(error)}") from error
+
+
 def _header(file: Path) -> dict[str, Any]:
     """The header of a safetensors file. Raises InputError if the file is not whole."""
     if not file.is_file():
@@ -174,10 +181,10 @@ def _header(file: Path) -> dict[str, Any]:
         text = stream.read(length) if length < size else b""
     try:
         header: dict[str, Any] = json.loads(text)
-    except ValueError as error:
+        header.pop("__metadata__", None)
+        end = 8 + length + max((e["data_offsets"][1] for e in header.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise InputError(f"'{file}' is not a whole safetensors file (bad header)") from error
-    header.pop("__metadata__", None)
-    end = 8 + length + max((e["data_offsets"][1] for e in header.values()), default=0)
     if end != size:
         raise InputError(f"'{file}' is truncated: {size} bytes, its header says {end}")
     return header

@@ -91,6 +91,7 @@ def _guarded(cfg: DictConfig) -> int:
 def _work(cfg: DictConfig, out: Path) -> None:
     """Check everything, make every artifact, measure them."""
     from optpipe import pipeline  # what these import takes seconds, too long for --help
+    from optpipe.bench import quality
     from optpipe.bench import run as bench
     from optpipe.bench.measure import BenchConfig
     from optpipe.bench.scenario import Scenario
@@ -100,6 +101,8 @@ def _work(cfg: DictConfig, out: Path) -> None:
     with _inputs():
         if not isinstance(HydraConfig.get().runtime.choices.get("recipe"), str):
             raise InputError("recipe takes one name; for several runs: -m recipe=NAME,NAME")
+        if not isinstance(cfg.store, str) or not cfg.store:
+            raise InputError(f"store must be a folder, got {cfg.store!r}")
         store = Path(cfg.store)
         stages = config.build_stages(cfg)
         source: Source = config.build(cfg.model, Source, "model")
@@ -107,7 +110,10 @@ def _work(cfg: DictConfig, out: Path) -> None:
         scenarios = config.build_scenarios(cfg, Scenario)
         OmegaConf.save(cfg, out / "config.yaml", resolve=True)
         steps = pipeline.check(stages, source, store)
-        check_scenarios(scenarios, source.checkpoint.decoder.context)
+        decoder = source.checkpoint.decoder
+        check_scenarios(scenarios, decoder.context)
+        folder = source.checkpoint.path
+        quality.windows(folder, policy.quality, decoder.context, decoder.vocab, policy.seed)
         pipeline.check_writable(store, "store")
         pipeline.check_space(steps, source, store)
     for override in config.unused(cfg, HydraConfig.get().overrides.task):

@@ -46,7 +46,7 @@ def register_recipes(*folders: Path) -> None:
         except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
             raise InputError(f"cannot read recipe '{path}': {one_line(error)}") from error
         if not isinstance(node, DictConfig):
-            raise InputError(f"recipe '{path}' must hold keys and values, not a list")
+            continue  # some other YAML in a folder that happens to be called recipes
         ConfigStore.instance().store(group="recipe", name=path.stem, node=node, package="_global_")
 
 

@@ -196,14 +196,25 @@ def _gemma2(config: Any) -> Decoder:
 
 
 def _gemma3(config: Any) -> Decoder:
+    if getattr(config, "use_bidirectional_attention", False):
+        raise InputError("Gemma-3 with use_bidirectional_attention=true is not supported")
     decoder = _with_blocks(_gemma2(config), _qk_norm)
     kinds = config.layer_types
     blocks = tuple(replace(b, layer_type=kinds[i]) for i, b in enumerate(decoder.blocks))
     return replace(decoder, blocks=blocks)
 
 
+UNSUPPORTED_GPT2 = (
+    "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention",
+)  # fmt: skip
+
+
 def _gpt2(config: Any) -> Decoder:
-    for flag in ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention"):
+    for flag in (
+        "scale_attn_by_inverse_layer_idx",
+        "reorder_and_upcast_attn",
+        "add_cross_attention",
+    ):
         if getattr(config, flag, False):
             raise InputError(f"GPT-2 with {flag}=true is not supported")
     head_dim = config.n_embd // config.n_head

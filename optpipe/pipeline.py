@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import tempfile
 import time
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 from optpipe import __version__
 from optpipe.artifact import MANIFEST, Artifact, fingerprint, publish
 from optpipe.errors import GateError, InputError, StageError, one_line
+from optpipe.family import HEAD
 from optpipe.progress import clock, shown
 from optpipe.stage import Progress, Stage
 
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from optpipe.source import Source
 
 log = logging.getLogger(__name__)
+SIDE_BYTES = 1_000_000
+"""Config, tokenizer, graph and padding of an artifact, roughly."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +44,7 @@ class Step:
 
     @property
     def done(self) -> bool:
-        return (self.path / MANIFEST).is_file()
+        return (self.path / MANIFEST).is_file() and Artifact.load(self.path).intact
 
 
 def check(stages: Mapping[str, Stage], source: Source, store: Path) -> list[Step]:
@@ -48,22 +52,35 @@ def check(stages: Mapping[str, Stage], source: Source, store: Path) -> list[Step
     from optpipe import model  # imports torch and transformers
 
     _check_formats(stages)
-    layers = model.layers(source.checkpoint)
-    size_bytes, key = source.size_bytes, source.key
+    decoder, layers, key = source.checkpoint.decoder, model.layers(source.checkpoint), source.key
+    shapes = model.parameter_shapes(source.checkpoint).values()
+    elements = sum(math.prod(shape) for shape in shapes)
+    float_bits = round(8 * source.size_bytes / elements)
+    rest = elements - _elements(_owned(layers, decoder.tied))
     steps = []
     for name, stage in stages.items():
         try:
             layers, inputs = stage.plan(layers), stage.inputs(source.checkpoint)
         except ValueError as error:
             raise InputError(f"stage '{name}': {error}") from error
-        size_bytes = stage.output_bytes(layers, size_bytes)
+        bits = stage.output_bits(_owned(layers, decoder.tied), rest, float_bits)
         kind = f"{type(stage).__module__}.{type(stage).__qualname__}"
         key = fingerprint(key, kind, asdict(stage), inputs, __version__)
         path = store / f"{name}-{key}"
+        size_bytes = int(bits / 8) + SIDE_BYTES
         steps.append(
             Step(name=name, stage=stage, key=key, path=path, layers=layers, size_bytes=size_bytes)
         )
     return steps
+
+
+def _owned(layers: Layers, tied: bool) -> Layers:
+    """Without a head that is the embedding by another name."""
+    return {n: f for n, f in layers.items() if not (tied and n == HEAD and f.bits is None)}
+
+
+def _elements(layers: Layers) -> int:
+    return sum(form.rows * form.cols for form in layers.values())
 
 
 def check_writable(folder: Path, what: str) -> None:

@@ -128,7 +128,7 @@ class Random(Source):
         shape.pop("torch_dtype", None)  # the old name of dtype
         if family not in FAMILIES:
             raise InputError(f"model.config: {unknown('model family', family, FAMILIES)}")
-        checkpoint = Checkpoint(Path(self.config))
+        checkpoint = Checkpoint(Path(f"random-{self.key}"))  # not that folder and its tokenizer
         checkpoint.forms = None
         try:
             checkpoint.config = AutoConfig.for_model(family, **{**shape, "dtype": self.dtype})
@@ -191,7 +191,8 @@ def _checked(checkpoint: Checkpoint) -> Checkpoint:
     """Raise InputError unless this is a whole, uncompressed model of a family known here."""
     if getattr(checkpoint.config, "quantization_config", None):
         raise InputError(f"model '{checkpoint.path}' is quantized already; give the original")
-    if checkpoint.decoder and checkpoint.forms is not None:
+    _ = checkpoint.dtype
+    if checkpoint.forms is not None:
         raise InputError(f"model '{checkpoint.path}' is an artifact of optpipe; give the original")
     model.check_complete(checkpoint)
     return checkpoint

@@ -45,9 +45,13 @@ class Stage(ABC):
         """
         return None
 
-    def output_bytes(self, layers: Layers, source_bytes: int) -> int:
-        """Upper estimate of the size of the new artifact, bytes."""
-        return source_bytes + source_bytes // 8
+    def output_bits(self, layers: Layers, rest: int, float_bits: int) -> float:
+        """Upper estimate of the size of the new artifact's weights, bits.
+
+        ``layers`` are those with a weight of their own, as planned; ``rest`` counts the elements
+        of all other weights, such as embeddings; the source stores floats in ``float_bits``.
+        """
+        return sum(form.stored_bits(float_bits) for form in layers.values()) + rest * float_bits
 
     @abstractmethod
     def run(self, source: Artifact, out: Path, progress: Progress) -> Stats:

@@ -93,3 +93,16 @@ def test_statistics_do_not_depend_on_how_inputs_arrive():
     exact = x.double().T @ x.double()
     torch.testing.assert_close(gram.mean_CC, exact / 90, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(squares.norm_C, exact.diagonal().sqrt(), atol=1e-12, rtol=1e-9)
+
+
+def test_a_broken_tokenizer_or_one_of_another_model_is_one_clear_error(folder, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(words(200))
+    config = json.loads((folder / "config.json").read_text()) | {"vocab_size": 100}
+    (folder / "config.json").write_text(json.dumps(config))
+    calib = Calib(path=str(text), samples=2, tokens=16)
+    with pytest.raises(InputError, match=r"token 199.*vocabulary ends at 99"):
+        calib.ids(Checkpoint(folder))
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(InputError, match="cannot read the tokenizer"):
+        calib.ids(Checkpoint(folder))

@@ -154,6 +154,11 @@ def windows(folder: Path, config: QualityConfig, capacity: int, vocab: int, seed
     content = text_file.read_bytes()
     bos = leading(folder)
     ids_WS = cut(tokenize(folder, content.decode()), bos, size, config.windows)
+    if ids_WS.max() >= vocab:
+        raise InputError(
+            f"the tokenizer in '{folder}' makes token {ids_WS.max()}, but the model's vocabulary "
+            f"ends at {vocab - 1}"
+        )
     source = {
         **about,
         "text": text_file.name,

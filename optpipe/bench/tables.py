@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,10 +11,11 @@ from rich.table import Table
 
 Row = list[str]
 NONE = "-"
-SPEED = ("artifact", "MB", "perplexity", "KL", "TTFT ms", "TPOT ms", "tokens/s", "peak MB",
-         "TTFT x", "TPOT x [95 %]", "tokens/s x [95 %]")  # fmt: skip
+SPEED = ("artifact", "MB", "ppl", "KL", "TTFT ms", "TPOT ms", "tok/s", "peak MB",
+         "TTFT x [95 %]", "TPOT x [95 %]", "tok/s x [95 %]")  # fmt: skip
 ON_SCREEN = (0, 1, 2, 3, 4, 5, 6, 9)
 """Columns of SPEED that fit in 80 characters."""
+PLAIN_WIDTH = 100
 SIZES = ("artifact", "MB on disk", "MB in memory", "claimed", "found in the files")
 NOT_INCLUDED = (
     "Time: tokenizing, detokenizing, sampling other than arg-max, loading and the network. "
@@ -21,7 +23,7 @@ NOT_INCLUDED = (
     "Prompts of timed runs are random token ids, the same for all arms; end-of-text does not stop "
     "them. Speed here does not depend on what the text says; speculative decoding would.",
     "TTFT is from the request to the first token on the host, TPOT the mean gap between the tokens "
-    "after it, tokens/s counts output tokens of all rows over the whole iteration.",
+    "after it, tok/s counts output tokens of all rows over the whole iteration.",
     "Peak memory is that of the worker's whole process, runtime libraries included, on a CPU; what "
     "torch allocated on a GPU.",
     "x: how many times better than the baseline in the same block, above 1 is better; in brackets "
@@ -31,9 +33,11 @@ NOT_INCLUDED = (
 
 def show(report: Mapping[str, Any]) -> None:
     """Print the speed tables on standard error."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, width=None if sys.stderr.isatty() else PLAIN_WIDTH)
     for title, rows in speed_tables(report):
-        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+        table = Table(
+            title=title, title_justify="left", box=None, padding=(0, 1), collapse_padding=True
+        )
         for index in ON_SCREEN:
             table.add_column(SPEED[index], justify="right" if index else "left", no_wrap=True)
         for row in rows:
@@ -83,7 +87,7 @@ def _speed_row(artifact: Mapping[str, Any], cell: Mapping[str, Any]) -> Row:
         _number(cell["tpot_s"], 1e3, "{:.2f}"),
         _number(cell["tokens_per_s"], 1, "{:.1f}"),
         _number(cell["peak_bytes"], 1e-6, "{:.0f}"),
-        _number(speedup["ttft_s"]["ratio"], 1, "{:.2f}"),
+        _ratio(speedup["ttft_s"]),
         _ratio(speedup["tpot_s"]),
         _ratio(speedup["tokens_per_s"]),
     ]
@@ -131,7 +135,8 @@ def _reasons(report: Mapping[str, Any]) -> Iterator[str]:
             where = f"{cell['scenario']} {cell['batch']} x {cell['prompt_tokens']}"
             for why in {*cell["reasons"].values()}:
                 fields = ", ".join(f for f, w in cell["reasons"].items() if w == why)
-                yield f"{name}, {where}, {fields}: {why}"
+                whose = where if fields == "blocks" else f"{name}, {where}"  # of all arms alike
+                yield f"{whose}, {fields}: {why}"
 
 
 def _quality_line(about: Mapping[str, Any]) -> str:

@@ -172,6 +172,8 @@ def main() -> None:
     settings = json.loads((folder / "engine.json").read_text())
     prompt = tokenizer.encode(args.prompt).ids
     engine = Engine(folder, args.threads)
+    if not 0 < len(prompt) < engine.capacity:
+        parser.error(f"the prompt has {len(prompt)} tokens; 1 to {engine.capacity - 1} fit")
     tokens = generate(engine, prompt, args.new_tokens, set(settings["stop_tokens"]))
     print(tokens if args.ids else tokenizer.decode(tokens))
 

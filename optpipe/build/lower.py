@@ -104,7 +104,8 @@ class Lowering:
         weight = self.maker.get(node.input[1])
         if weight is None or weight.op_type != "DequantizeLinear":
             return None
-        return Product(node.input[0], weight, bias)
+        dtype = self.weights[weight.input[0]].data_type
+        return Product(node.input[0], weight, dtype, bias)
 
     def _product(self, node: NodeProto) -> Match | None:
         product = self.quantized(node.output[0])

@@ -25,10 +25,13 @@ class Product:
 
     x: str
     dequantize: NodeProto
+    dtype: int
+    """Element type of the codes."""
     bias: str | None
 
     @property
-    def grid(self) -> tuple[str, bool, int, tuple[str, ...]]:
+    def grid(self) -> tuple[object, ...]:
         """Equal for projections that can be emitted as one, side by side."""
         attributes = tuple(sorted(map(str, self.dequantize.attribute)))
-        return self.x, self.bias is None, len(self.dequantize.input), attributes
+        zeros = len(self.dequantize.input) > 2
+        return self.x, self.dtype, self.bias is None, zeros, attributes

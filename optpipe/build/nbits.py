@@ -38,6 +38,7 @@ def block_codes(
     weight = _unsigned(data, proto.data_type, inputs * outputs).reshape(inputs, outputs).T
     block_size = size or CHANNEL_BLOCK
     blocks = -(-inputs // block_size)
+    shape = (scales.size // outputs, outputs)
     padded = np.full((outputs, blocks * block_size), 2 ** (bits - 1), np.uint8)
     padded[:, :inputs] = weight
     return Codes(
@@ -46,7 +47,7 @@ def block_codes(
         inputs=inputs,
         blocks=_pack(padded, bits).reshape(outputs, blocks, -1),
         scales=_per_block(scales, outputs, blocks),
-        zeros=None if zeros is None else _zeros(zeros, proto.data_type, scales.ndim == 1, blocks),
+        zeros=None if zeros is None else _zeros(zeros, proto.data_type, shape, blocks),
     )
 
 
@@ -88,12 +89,11 @@ def _per_block(scales: np.ndarray, outputs: int, blocks: int) -> np.ndarray:
     return np.ascontiguousarray(scales.T).reshape(outputs, blocks)
 
 
-def _zeros(zeros: np.ndarray, dtype: int, per_channel: bool, blocks: int) -> NDArray[np.uint8]:
-    """(G, N) or (N) zero points as packed rows, one for each block of each output."""
-    groups = 1 if per_channel else blocks
-    flat = _unsigned(zeros, dtype, zeros.size * (2 if dtype in NARROW else 1))
-    outputs = flat.size // groups
-    per_row = np.repeat(flat[: groups * outputs].reshape(groups, outputs).T, blocks // groups, 1)
+def _zeros(zeros: np.ndarray, dtype: int, shape: tuple[int, int], blocks: int) -> NDArray[np.uint8]:
+    """(G, N) zero points as packed rows, one for each block of each output."""
+    groups, outputs = shape
+    per_group = _unsigned(zeros, dtype, groups * outputs).reshape(groups, outputs)
+    per_row = np.repeat(per_group.T, blocks // groups, axis=1)
     if dtype in NARROW and blocks % 2:
         per_row = np.pad(per_row, ((0, 0), (0, 1)))
     return np.ascontiguousarray(_pack(per_row, 4 if dtype in NARROW else 8))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,10 @@ from optpipe.artifact import Artifact, Stats
 from optpipe.build import generate
 from optpipe.build.lower import Lowering
 from optpipe.checkpoint import Checkpoint, copy_side_files
+from optpipe.errors import InputError, one_line
+from optpipe.export.graph import DATA, MODEL, read
+from optpipe.export.onnx import graph_bits
+from optpipe.linear import Layers
 from optpipe.stage import Progress, Stage
 
 SETTINGS, LOADER = "engine.json", "generate.py"
@@ -49,13 +54,51 @@ class Ort(Stage):
         }
         (out / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
         progress("lowering", 1, 1)
-        return {"accuracy_level": self.accuracy_level}
+        return {"accuracy_level": self.accuracy_level, "int8_activations": self._int8(out)}
+
+    def inputs(self, model: Checkpoint) -> str:
+        decoder = model.decoder
+        multiple = 16 if decoder.rotary else 8
+        if decoder.head_dim % multiple:
+            raise InputError(
+                f"GroupQueryAttention takes heads of a multiple of {multiple} dimensions, this "
+                f"model has {decoder.head_dim}; end with stages=[...,export]"
+            )
+        _stop_tokens(model)
+        return str(onnxruntime.__version__)
+
+    def output_bits(self, layers: Layers, rest: int, float_bits: int) -> float:
+        return graph_bits(layers, rest, 32)  # if the graph is in float16, less
+
+    def _int8(self, out: Path) -> bool:
+        """Whether any product of the engine rounds its activations."""
+        products = (node for node in read(out).graph.node if node.op_type == "MatMulNBits")
+        return self.accuracy_level == 4 and any(products)
+
+
+def exact_twin(engine: Path, out: Path) -> None:
+    """The same engine in ``out`` with float activations: for comparisons.
+
+    Its weights are linked; a symbolic link would do, but onnxruntime refuses one that leaves.
+    """
+    model = read(engine)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = 1
+    (out / MODEL).write_bytes(model.SerializeToString())
+    os.link(engine / DATA, out / DATA)
 
 
 def _stop_tokens(checkpoint: Checkpoint) -> list[int]:
     file = checkpoint.path / "generation_config.json"
-    settings = json.loads(file.read_text()) if file.is_file() else {}
-    stop = settings.get("eos_token_id", checkpoint.config.eos_token_id)
+    try:
+        settings = json.loads(file.read_text()) if file.is_file() else {}
+        stop = settings.get("eos_token_id")
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"'{file}' is no JSON object: {one_line(error)}") from error
+    if stop is None:
+        stop = checkpoint.config.eos_token_id
     if stop is None:
         return []
     return list(stop) if isinstance(stop, list) else [stop]

@@ -38,8 +38,10 @@ from optpipe.family import Block, Decoder
 from optpipe.linear import Layers
 from optpipe.stage import Progress, Stage
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
 MAX_DEFAULT_CAPACITY = 4096
+MIN_CAPACITY = 16
+"""What it takes to verify a graph: a prompt, several decoded tokens, a chunk."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,24 +51,24 @@ class Onnx(Stage):
     produces: ClassVar[str] = "onnx"
 
     dtype: str = "float32"
-    """Type of activations, cache and unquantized weights: float32, float16 or bfloat16."""
+    """Type of activations, cache and unquantized weights: float32 or float16. (ONNX Runtime cannot
+    multiply bfloat16 on a CPU, and what cannot be verified is not written.)"""
     capacity: int | None = None
     """Tokens the KV cache holds for each row; null: the model's context, at most 4096."""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {[*DTYPES]}, got '{self.dtype}'")
-        if self.capacity is not None and self.capacity < 1:
-            raise ValueError(f"capacity must be at least 1 token, got {self.capacity}")
+        if self.capacity is not None and self.capacity < MIN_CAPACITY:
+            raise ValueError(
+                f"capacity must be at least {MIN_CAPACITY} tokens, got {self.capacity}"
+            )
 
     def inputs(self, model: Checkpoint) -> None:
         _check_rope(model, _capacity(model, self.capacity))
 
-    def output_bytes(self, layers: Layers, source_bytes: int) -> int:
-        stored = sum(form.stored_bits() for form in layers.values()) / 8
-        rest = max(0.0, source_bytes - stored)
-        width = DTYPES[self.dtype].itemsize * 8
-        return int(sum(form.stored_bits(width) for form in layers.values()) / 8 + rest * width / 16)
+    def output_bits(self, layers: Layers, rest: int, float_bits: int) -> float:
+        return graph_bits(layers, rest, DTYPES[self.dtype].itemsize * 8)
 
     def run(self, source: Artifact, out: Path, progress: Progress) -> Stats:
         checkpoint = Checkpoint(source.path)
@@ -76,8 +78,20 @@ class Onnx(Stage):
         return {"dtype": self.dtype, "capacity": capacity}
 
 
+def graph_bits(layers: Layers, rest: int, float_bits: int) -> float:
+    """Size of the weights of a graph: codes in 4 or 8 bits, masked weights in full."""
+    bits = float(rest * float_bits)
+    for form in layers.values():
+        code = float_bits if form.bits is None else max(4, form.bits)
+        per_group = 0 if form.bits is None else float_bits + (0 if form.symmetric else code)
+        bits += form.rows * (form.cols * code + form.groups * per_group)
+    return bits
+
+
 def _capacity(checkpoint: Checkpoint, wanted: int | None) -> int:
     context = checkpoint.decoder.context
+    if context < MIN_CAPACITY:
+        raise InputError(f"a context of {context} tokens is below the {MIN_CAPACITY} needed")
     if wanted is None:
         return min(context, MAX_DEFAULT_CAPACITY)
     if wanted > context:

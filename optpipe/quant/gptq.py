@@ -79,8 +79,8 @@ class Gptq(Quantize):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.damp <= 0:
-            raise ValueError(f"damp must be above 0, got {self.damp}")
+        if not 0 < self.damp < float("inf"):
+            raise ValueError(f"damp must be above 0 and finite, got {self.damp}")
 
     def quantize(
         self, layer: nn.Module, weight_RC: Tensor, form: Form, statistic: Gram

@@ -1,12 +1,20 @@
 from collections import Counter
+from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
 from optpipe.bench import measure as module
 from optpipe.bench.measure import BenchConfig, Measured, Session, measure
+from optpipe.bench.quality import QualityConfig
 from optpipe.bench.scenario import Cell, hash_ids, prompts
+from optpipe.bench.statistics import fewest_pairs
+from optpipe.config import typed
 from optpipe.errors import InputError
+
+CONF = sorted((Path(__file__).parents[2] / "conf" / "bench").glob("*.yaml"))
 
 CELL = Cell("single", 2, 8, 3)
 QUICK = {"blocks": 6, "warmup": 2, "seed": 5, "iteration_limit_s": 5}
@@ -17,7 +25,7 @@ def no_pause(monkeypatch):
     monkeypatch.setattr(module, "SETTLE_S", 0.0)
 
 
-def timed(workers, cells=(CELL,), budget_s=60.0, **fields):
+def timings(workers, cells=(CELL,), budget_s=60.0, **given):
     session = Session(
         number=0,
         workers=workers,
@@ -25,7 +33,7 @@ def timed(workers, cells=(CELL,), budget_s=60.0, **fields):
         budget_s=budget_s,
     )
     found, said = Measured(), []
-    config = BenchConfig(**(QUICK | fields))
+    config = BenchConfig(**(QUICK | given))
     measure(session, cells, config, found, lambda *what: said.append(what))
     return found, said
 
@@ -41,7 +49,7 @@ def blocks(found, reason=None):
 
 def test_every_block_runs_every_arm_once_in_an_order_that_varies_with_the_seed(local):
     def order(seed):
-        found, _ = timed({name: local(name) for name in "abc"}, seed=seed, blocks=60)
+        found, _ = timings({name: local(name) for name in "abc"}, seed=seed, blocks=60)
         return blocks(found)
 
     first = order(1)
@@ -53,14 +61,14 @@ def test_every_block_runs_every_arm_once_in_an_order_that_varies_with_the_seed(l
 
 
 def test_positions_are_the_order_within_a_block(local):
-    found, _ = timed({name: local(name) for name in "abc"})
+    found, _ = timings({name: local(name) for name in "abc"})
     for block, arms in blocks(found).items():
         placed = {s.position: s.arm for s in found.samples if s.block == block and not s.reason}
         assert [placed[i] for i in range(3)] == arms
 
 
 def test_warm_up_comes_first_and_is_kept_apart(local):
-    found, _ = timed({name: local(name) for name in "ab"}, warmup=3)
+    found, _ = timings({name: local(name) for name in "ab"}, warmup=3)
     assert Counter(s.reason for s in found.samples) == {"warmup": 6, None: 12}
     assert [s.reason for s in found.samples[:6]] == ["warmup"] * 6
     assert {s.block for s in found.samples[:6]} == {-3, -2, -1}
@@ -68,7 +76,7 @@ def test_warm_up_comes_first_and_is_kept_apart(local):
 
 def test_all_arms_and_blocks_get_the_same_token_ids(local):
     workers = {name: local(name) for name in "ab"}
-    found, _ = timed(workers)
+    found, _ = timings(workers)
     expected = prompts(CELL, 11, seed=5)
     for worker in workers.values():
         for command in worker.asked:
@@ -79,7 +87,7 @@ def test_all_arms_and_blocks_get_the_same_token_ids(local):
 
 def test_an_arm_that_is_too_slow_leaves_the_cell_with_the_reason(local):
     workers = {"base": local("base"), "slow": local("slow", prefill_s=0.03)}
-    found, _ = timed(workers, iteration_limit_s=0.02)
+    found, _ = timings(workers, iteration_limit_s=0.02)
     assert "more than bench.iteration_limit_s=0.02" in found.dropped["slow", CELL]
     assert "for 1 of 3 tokens" in found.dropped["slow", CELL]
     assert all(arms == ["base"] for arms in blocks(found).values())
@@ -88,7 +96,7 @@ def test_an_arm_that_is_too_slow_leaves_the_cell_with_the_reason(local):
 
 def test_an_arm_that_never_answers_is_ended_and_leaves_all_cells(local):
     workers = {"base": local("base"), "stuck": local("stuck", fault="hang")}
-    found, _ = timed(workers, cells=[CELL, CELL._replace(batch=1)])
+    found, _ = timings(workers, cells=[CELL, CELL._replace(batch=1)])
     assert workers["stuck"].killed
     assert "no answer within 15 s" in found.dead["stuck"]
     assert {arm for arms in blocks(found).values() for arm in arms} == {"base"}
@@ -96,36 +104,49 @@ def test_an_arm_that_never_answers_is_ended_and_leaves_all_cells(local):
 
 def test_a_cell_that_does_not_fit_the_cache_of_an_arm_is_not_run_there(local):
     workers = {"base": local("base"), "small": local("small", capacity=10)}
-    found, _ = timed(workers)
+    found, _ = timings(workers)
     assert found.dropped == {("small", CELL): "11 tokens do not fit in its KV cache of 10"}
     assert workers["small"].asked == []
 
 
 def test_the_budget_ends_a_cell_after_a_whole_block_but_not_before_the_first(local):
     workers = {name: local(name, prefill_s=0.001) for name in "ab"}
-    found, _ = timed(workers, budget_s=0.0)
+    found, _ = timings(workers, budget_s=0.0)
     assert blocks(found).keys() == {0}
     assert found.stopped[CELL].endswith("after 1 of 6 blocks")
 
 
 def test_limits_do_not_reach_into_timed_iterations(local):
     worker = local("a")
-    timed({"a": worker})
+    timings({"a": worker})
     limits = [command.limit_ns for command in worker.asked]
     assert limits == [5_000_000_000] * 2 + [None] * 6
 
 
 def test_progress_counts_up_to_its_total(local):
     cells = [CELL, CELL._replace(batch=1)]
-    _, said = timed({"a": local("a")}, cells=cells)
+    _, said = timings({"a": local("a")}, cells=cells)
     counts = [done for _, done, _ in said]
     assert counts == sorted(counts) and {total for *_, total in said} == {16}
     assert counts[-1] == 16
     assert said[0][0] == "benchmark: single 1 x 8 + 3", "short cells come first"
 
 
+@pytest.mark.parametrize("path", CONF, ids=lambda path: path.stem)
+def test_every_option_gives_every_value_and_enough_blocks_for_an_interval(path):
+    content = OmegaConf.load(path)
+    policy = typed(content, BenchConfig, "bench")
+    assert policy.blocks >= fewest_pairs()
+    assert set(content) == {field.name for field in fields(BenchConfig)}
+    assert set(content.quality) == {field.name for field in fields(QualityConfig)}
+
+
+def test_there_is_a_quick_and_a_full_option():
+    assert {"quick", "full"} <= {path.stem for path in CONF}
+
+
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("given", "message"),
     [
         ({"blocks": 0}, "bench.blocks=0"),
         ({"warmup": 1}, "bench.warmup=1"),
@@ -135,6 +156,6 @@ def test_progress_counts_up_to_its_total(local):
         ({"dtypes": ["int3"]}, "'int3' is not one of float32, float16, bfloat16"),
     ],
 )
-def test_bad_values_are_refused(fields, message):
+def test_bad_values_are_refused(given, message):
     with pytest.raises(InputError, match=message):
-        BenchConfig(**fields)
+        BenchConfig(**given)

@@ -281,7 +281,9 @@ def test_a_whole_run_of_a_real_model(tiny, tmp_path, capfd):
         assert artifact["quality"]["perplexity"] is None and artifact["load_s"] > 0
         assert artifact["cells"][0]["blocks"] == 6
     _, cell = entry(built, "copy")
-    assert 0.3 < cell["speedup"]["tpot_s"]["ratio"] < 3 and len(cell["speedup"]["tpot_s"]["ci"]) == 2
+    assert (
+        0.3 < cell["speedup"]["tpot_s"]["ratio"] < 3 and len(cell["speedup"]["tpot_s"]["ci"]) == 2
+    )
     assert (tmp_path / "out" / "report.md").read_text().startswith("# optpipe")
     captured = capfd.readouterr()
     assert captured.out == "" and "+ copy" in captured.err

@@ -25,7 +25,7 @@ def opened(folder, dtype="float32"):
 
 
 def test_a_ragged_batch_gives_every_row_its_own_logits(tiny, family):
-    """Prompts of 25, 40 and 7 tokens, three steps, a chunk of four, one more step; windows are 16."""
+    """Prompts of 25, 40 and 7 tokens, three steps, a chunk of four, one step; windows are 16."""
     folder, rows = tiny(family), np.arange(3)
     ids_BS, lengths_B = np.random.default_rng(0).integers(0, 288, (3, 60)), np.array([25, 40, 7])
     expected = reference(folder, ids_BS)

@@ -38,6 +38,7 @@ def packed(values_KN, dtype):
     raw = onnx.numpy_helper.to_array(tensor)
     if dtype in (TensorProto.INT4, TensorProto.UINT4):
         nibbles = values_KN.reshape(-1).astype(np.int64) & 15
+        nibbles = np.pad(nibbles, (0, nibbles.size % 2))
         return tensor, (nibbles[0::2] | (nibbles[1::2] << 4)).astype(np.uint8)
     return tensor, raw
 
@@ -45,7 +46,7 @@ def packed(values_KN, dtype):
 @settings(max_examples=25, deadline=None)
 @given(
     bits=st.sampled_from([4, 8]), signed=st.booleans(), blocks=st.integers(1, 5),
-    outputs=st.sampled_from([2, 6, 10]), per_channel=st.booleans(), seed=st.integers(0, 99),
+    outputs=st.integers(1, 7), per_channel=st.booleans(), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_the_operator_multiplies_with_our_weight(bits, signed, blocks, outputs, per_channel, seed):
     rng = np.random.default_rng(seed)

@@ -8,7 +8,6 @@ import pytest
 import torch
 import transformers
 
-from optpipe import model
 from optpipe.artifact import Artifact
 from optpipe.build.generate import Engine
 from optpipe.checkpoint import Checkpoint
@@ -137,16 +136,7 @@ def test_partial_rotation(tmp_path, ids):
     assert error(engine.score(ids), reference(tmp_path, ids)) < 2e-5
 
 
-def test_exported_bytes_stay_within_the_estimate(tiny, tmp_path):
-    export(tiny(), tmp_path / "onnx")
-    checkpoint = Checkpoint(tiny())
-    written = sum(f.stat().st_size for f in (tmp_path / "onnx").iterdir())
-    stage = Onnx()
-    estimate = stage.output_bytes(stage.plan(model.layers(checkpoint)), checkpoint.size_bytes)
-    assert written < 1.3 * estimate + 1e6
-
-
-@pytest.mark.parametrize("fields", [{"dtype": "float64"}, {"capacity": 0}])
+@pytest.mark.parametrize("fields", [{"dtype": "bfloat16"}, {"capacity": 15}])
 def test_bad_fields_are_refused(fields):
     with pytest.raises(ValueError, match=str(next(iter(fields.values())))):
         Onnx(**fields)

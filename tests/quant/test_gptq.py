@@ -148,5 +148,5 @@ def test_masks_survive(run, tiny, method, symmetric):
 
 
 def test_bad_damping_is_refused():
-    with pytest.raises(ValueError, match="damp must be above 0, got 0"):
+    with pytest.raises(ValueError, match="damp must be above 0 and finite, got 0"):
         Gptq(damp=0.0)

@@ -1,0 +1,122 @@
+"""The gates after each stage must open for what is right and close for what is nearly right."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from optpipe import model
+from optpipe.artifact import Artifact
+from optpipe.build import lower
+from optpipe.build.ort import Ort
+from optpipe.checkpoint import Checkpoint
+from optpipe.errors import GateError
+from optpipe.export.onnx import Onnx
+from optpipe.prune.magnitude import Magnitude
+from optpipe.quant.rtn import Rtn
+from optpipe.verify import TOLERANCES, verify
+
+
+@pytest.fixture
+def source(tiny):
+    return Artifact(path=tiny(), format="hf", key="k")
+
+
+def change(artifact, name, edit):
+    """Rewrite one stored tensor."""
+    file = artifact.path / Checkpoint(artifact.path).files[name]
+    tensors = load_file(file)
+    tensors[name] = edit(tensors[name])
+    save_file(tensors, file)
+
+
+def layers(artifact):
+    return model.layers(Checkpoint(artifact.path))
+
+
+def test_facts_are_what_the_files_hold(run, source):
+    made = run(Magnitude(sparsity=0.25), source)
+    facts = verify(made, source, layers(made))
+    # a quarter of every layer but the head, which is a layer of its own here
+    sizes = {n: f.rows * f.cols for n, f in layers(made).items()}
+    share = 1 - sizes["lm_head"] / sum(sizes.values())
+    assert facts["sparsity"] == pytest.approx(0.25 * share, rel=1e-3)
+    made = run(Rtn(bits=4, group_size=32, head=True), source)
+    assert verify(made, source, layers(made))["bits_per_weight"] == pytest.approx(4.5)
+
+
+def test_another_form_than_planned_is_refused(run, source):
+    made = run(Rtn(bits=4, group_size=32), source)
+    with pytest.raises(GateError, match=r"became .*bits=4.*planned .*bits=8"):
+        verify(made, source, Rtn(bits=8, group_size=32).plan(layers(source)))
+
+
+def test_numbers_that_are_not_finite_are_refused(run, source):
+    made = run(Magnitude(targets=["*down_proj"]), source)
+    change(made, "model.layers.1.mlp.down_proj.values", lambda t: t.fill_(float("nan")))
+    with pytest.raises(GateError, match=r"layers.1.mlp.down_proj.*not finite"):
+        verify(made, source, layers(made))
+    made = run(Magnitude(targets=["*down_proj"]), source)
+    change(made, "model.norm.weight", lambda t: t.fill_(float("inf")))
+    with pytest.raises(GateError, match="logits that are not finite"):
+        verify(made, source, layers(made))
+
+
+def test_a_weight_where_the_mask_says_none_is_refused(run, source):
+    pruned = run(Magnitude(), source)
+    made = run(Rtn(group_size=32), pruned)
+    change(made, "model.layers.0.mlp.up_proj.codes", lambda t: t ^ 0x11)
+    with pytest.raises(GateError, match="mask says there are none"):
+        verify(made, pruned, layers(made))
+
+
+def test_a_lost_mask_is_refused(run, source):
+    pruned = run(Magnitude(), source)
+    other = run(Magnitude(sparsity=0.4), source)
+    made = run(Rtn(group_size=32), other)
+    with pytest.raises(GateError, match="lost the mask"):
+        verify(made, pruned, layers(made))
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_graph_that_computes_something_slightly_else_is_refused(
+    run, source, quantized, monkeypatch
+):
+    """An activation that is 10 % off, in an engine whose int8 activations allow for much."""
+    if quantized:
+        source = run(Rtn(group_size=32), source)
+    canonical = run(Onnx(), source)
+    good = run(Ort(), canonical)
+    found = verify(good, source, None)
+    assert good.stats["int8_activations"] == quantized
+    assert ("parity_float_activations" in found) == quantized
+    exact = found["parity_float_activations" if quantized else "parity"]
+    assert exact["worst"] < TOLERANCES["float32"] / 10 and exact["positions"] > 40
+
+    node = lower.Graph.node
+    monkeypatch.setattr(
+        lower.Graph, "node", lambda self, *a, **k: node(self, *a, **{**k, **_bent(k)})
+    )
+    with pytest.raises(GateError, match=r"relative logit error .* exceeds 2e-04"):
+        verify(run(Ort(), canonical), source, None)
+
+
+def _bent(attributes):
+    return {"alpha": 1.1} if "alpha" in attributes else {}
+
+
+def test_half_precision_has_its_own_tolerance(run, source):
+    made = run(Onnx(dtype="float16"), source)
+    found = verify(made, source, None)["parity"]
+    assert TOLERANCES["float32"] < found["worst"] < TOLERANCES["float16"]
+
+
+def test_short_contexts_are_verified_too(run, source):
+    made = run(Onnx(capacity=16), source)
+    assert verify(made, source, None)["parity"]["positions"] > 30
+
+
+def test_reports_can_hold_the_facts(run, source):
+    made = run(Rtn(group_size=32), source)
+    json.dumps(verify(replace(made, lineage=("quant",)), source, layers(made)), allow_nan=False)
