@@ -1,0 +1,1 @@
+"""A small, really trained language model with its texts, for demonstrations and tests."""
