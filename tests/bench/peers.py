@@ -172,6 +172,7 @@ def interleave(
     for block in range(-2, blocks):  # the first two warm up
         for name in rng.permutation([*workers]):
             answer = workers[name].ask(question, f"block {block}")
+
             if block >= 0:
                 found[name].append(answer)
             time.sleep(0.02)  # threads that still spin go to sleep
