@@ -17,7 +17,6 @@ from optpipe.linear import LowRank, Quantized, pack
 ONNX_DTYPES = {
     torch.float32: TensorProto.FLOAT,
     torch.float16: TensorProto.FLOAT16,
-    torch.bfloat16: TensorProto.BFLOAT16,
 }
 
 
@@ -128,6 +127,4 @@ class Weights:
 
     def tensor(self, name: str, value: Tensor) -> str:
         data = value.contiguous().to(self.dtype)  # transposed while it is still small
-        if data.dtype == torch.bfloat16:  # numpy has no bfloat16; only the bytes matter here
-            data = data.view(torch.uint16)
         return self.graph.raw(name, self.onnx_dtype, tuple(value.shape), data.numpy())
