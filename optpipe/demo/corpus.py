@@ -1,4 +1,4 @@
-"""The demo's texts: the Python standard library, split by file; and its tokenizer."""
+"""The demo's texts: Python sources that every machine with optpipe has; and its tokenizer."""
 
 from __future__ import annotations
 
@@ -18,15 +18,21 @@ VOCABULARY = 4096
 HELD_BYTES = 256 * 1024
 """The held-out and the calibration text stop with the file that reaches this size."""
 
+PACKAGES = ("torch", "transformers", "sympy", "networkx", "numpy", "modelopt", "onnx",
+            "huggingface_hub")  # fmt: skip
+"""What optpipe installs and whose licences (BSD, Apache-2.0) allow it; for training alone."""
+
 LARGEST_HELD = 32 * 1024
 """A larger file is never held out, bytes: it alone would be a good part of the text."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Three lists of whole files that share no file; ``dropped`` counts near-duplicates."""
+    """Lists of whole files that share no file; ``dropped`` counts near-duplicates."""
 
     train: list[str]
+    """Of the standard library, as are the two texts that are kept from training."""
+    packages: list[str]
     heldout: list[str]
     calibration: list[str]
     dropped: int
@@ -48,6 +54,19 @@ def read_sources(stdlib: Path) -> dict[str, str]:
     return texts
 
 
+def read_packages(site: Path) -> dict[str, str]:
+    """Source text of PACKAGES, which lie in ``site``, by path relative to it.
+
+    Raises FileNotFoundError if one is not there.
+    """
+    texts: dict[str, str] = {}
+    for package in PACKAGES:
+        if not (site / package).is_dir():
+            raise FileNotFoundError(f"no package {package} in {site}")
+        texts |= {f"{package}/{k}": text for k, text in read_sources(site / package).items()}
+    return texts
+
+
 def _is_vendored_or_data(name: str) -> bool:
     """Installed packages, code pages, generated documentation and folders of test data."""
     folders = name.split("/")[:-1]
@@ -65,17 +84,19 @@ def _reads_as_code(text: str) -> bool:
     return len(text) >= 1500 and letters >= 0.40 and digits <= 0.10 and END not in text
 
 
-def split(texts: dict[str, str], seed: int) -> Corpus:
-    """Deals files in the order of a seeded hash of their paths: held-out, calibration, training.
+def split(texts: dict[str, str], packages: dict[str, str], seed: int) -> Corpus:
+    """Deals ``texts`` by a seeded hash of their paths: held-out, calibration, training.
 
-    A file that repeats passages of those held out is dropped, so that neither text leaks.
+    A file that repeats passages of those held out is dropped, so that neither text leaks; so is
+    a file of ``packages`` that repeats another one of them.
     """
     names = sorted(texts, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
     heldout, rest = _take_first([texts[name] for name in names])
     calibration, rest = _take_first(_unlike(heldout, rest))
     train = _unlike(heldout + calibration, rest)
-    dropped = len(texts) - len(heldout) - len(calibration) - len(train)
-    return Corpus(train, heldout, calibration, dropped)
+    others = _distinct(_unlike(heldout + calibration, list(packages.values())))
+    kept = len(heldout) + len(calibration) + len(train) + len(others)
+    return Corpus(train, others, heldout, calibration, len(texts) + len(packages) - kept)
 
 
 def _take_first(texts: list[str]) -> tuple[list[str], list[str]]:
@@ -100,6 +121,18 @@ def _unlike(held: list[str], texts: list[str]) -> list[str]:
     return [text for text, own in shares if len(own & known) <= 0.1 * len(own)]
 
 
+def _distinct(texts: list[str]) -> list[str]:
+    """Those that share at most three tenths of their passages with the ones before."""
+    known: set[int] = set()
+    kept: list[str] = []
+    for text in texts:
+        own = passages(text)
+        if len(own & known) <= 0.3 * len(own):
+            kept.append(text)
+            known |= own
+    return kept
+
+
 def passages(text: str) -> set[int]:
     """Hashes of every three consecutive non-blank lines: what a near-duplicate shares."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -112,8 +145,8 @@ def joined(texts: list[str]) -> str:
 
 
 def fingerprint(texts: Corpus) -> str:
-    """SHA-256 of all three parts: equal when two machines hold the same standard library."""
-    parts = (texts.train, texts.heldout, texts.calibration)
+    """SHA-256 of all parts: equal when two machines hold the same library and packages."""
+    parts = (texts.train, texts.packages, texts.heldout, texts.calibration)
     return hashlib.sha256(END.join(map(joined, parts)).encode()).hexdigest()
 
 

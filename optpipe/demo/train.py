@@ -1,4 +1,4 @@
-"""Trains the bundled model from the running interpreter's standard library.
+"""Trains the bundled model from the running interpreter's standard library and packages.
 
 ``python -m optpipe.demo.train --out DIR`` writes everything the folder of a Hugging Face model
 needs, the two texts and the model card; ``--help`` lists the rest.
@@ -92,7 +92,6 @@ class Plan:
     batch: int
     lr: float
     weight_decay: float
-    start_length: int
     report: float
     compile: bool
     seed: int
@@ -104,11 +103,6 @@ class Plan:
     def rate(self, progress: float) -> float:
         """Learning rate as a share of its peak: 3 % warm-up, then a line to zero."""
         return min(progress / 0.03 + 0.01, 1 - progress)
-
-    def length(self, progress: float) -> int:
-        """Tokens per row; doubles from ``start_length``, CONTEXT for the last 30 %."""
-        doublings = int(math.log2(CONTEXT // self.start_length))
-        return self.start_length << min(doublings, int(progress / 0.7 * doublings))
 
 
 class Trainer:
@@ -149,11 +143,9 @@ class Trainer:
         self.tokens, self.seconds = state["spent"]
 
     def step(self, rows: Tensor, progress: float) -> float:
-        """One update on ``rows`` (n, CONTEXT + 1), cut into shorter ones early on; the loss."""
-        length = self.plan.length(progress)
+        """One update on ``rows`` (n, CONTEXT + 1); the loss."""
         rows = rows.long().to(self.device)
-        inputs = rows[:, :-1].reshape(-1, length)
-        targets = rows[:, 1:].reshape(-1, length)
+        inputs, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
         with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
             loss = self.loss(self.model, inputs, targets)
         loss.backward()
@@ -190,6 +182,12 @@ class Trainer:
                 )
 
 
+def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[Tensor]:
+    """The token numbers of each text, in parallel."""
+    encoded = tokenizer.backend_tokenizer.encode_batch(texts)
+    return [torch.tensor(one.ids, dtype=torch.int32) for one in encoded]
+
+
 def export(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """Writes float16 weights, configuration and tokenizer, each file in one move."""
     with tempfile.TemporaryDirectory(dir=out) as partial:
@@ -224,13 +222,14 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--out", type=Path, default=Path("outputs/demo"))
     add("--stdlib", type=Path, default=Path(sysconfig.get_path("stdlib")))
+    add("--site", type=Path, default=Path(sysconfig.get_path("purelib")), help="where packages lie")
+    add("--repeat", type=int, default=3, help="times the library is shown for once the packages")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--minutes", type=float, default=math.inf, help="of training, compilation included")
-    add("--tokens", type=float, default=100e6, help="shown to the model, repeats included")
-    add("--batch", type=int, default=8192, help="tokens per step, a multiple of 1024")
-    add("--lr", type=float, default=0.012, help="peak for matrices; half of it for the rest")
+    add("--tokens", type=float, default=400e6, help="shown to the model, repeats included")
+    add("--batch", type=int, default=16384, help="tokens per step, a multiple of 1024")
+    add("--lr", type=float, default=0.01, help="peak for matrices; half of it for the rest")
     add("--weight-decay", type=float, default=0.1, help="of matrices")
-    add("--start-length", type=int, default=256, help="tokens per row at first; doubles to 1024")
     add("--report", type=float, default=60, help="seconds between checkpoints and progress lines")
     add("--compile", action=argparse.BooleanOptionalAction, default=True)
     add("--seed", type=int, default=0)
@@ -243,30 +242,32 @@ def main() -> None:
     arguments = parse_arguments()
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
-    texts = corpus.split(corpus.read_sources(arguments.stdlib), arguments.seed)
+    packages = corpus.read_packages(arguments.site)
+    texts = corpus.split(corpus.read_sources(arguments.stdlib), packages, arguments.seed)
     tokenizer = corpus.train_tokenizer(texts.train)
     tokenizer.save_pretrained(out)
-    for name, files in (("heldout", texts.heldout), ("calibration", texts.calibration)):
+    held = {"heldout": texts.heldout, "calibration": texts.calibration}
+    for name, files in held.items():
         (out / f"{name}.txt").write_text(corpus.joined(files), encoding="utf-8", newline="\n")
-
-    def encode(text: str) -> Tensor:
-        return torch.tensor(tokenizer.encode(text), dtype=torch.int32)
+    heldout, calibration = encode(tokenizer, [corpus.joined(files) for files in held.values()])
 
     plan = Plan(**{field.name: getattr(arguments, field.name) for field in fields(Plan)})
     trainer = Trainer(plan, arguments.device, out / "checkpoint.pt")
     if arguments.resume and trainer.checkpoint.exists():
         trainer.load()
-    ids = [encode(text + corpus.END) for text in texts.train]
-    trainer.run(ids, encode(corpus.joined(texts.calibration)))
+    library, others = (
+        encode(tokenizer, [text + corpus.END for text in part])
+        for part in (texts.train, texts.packages)
+    )
+    trainer.run(library * arguments.repeat + others, calibration)
 
     export(trainer.model, tokenizer, out)
     model = trainer.model.float()  # from the float16 values just written
-    heldout = encode(corpus.joined(texts.heldout))
     facts = {
         "heldout_perplexity": round(perplexity(model, heldout), 4),
         "heldout_perplexity_4_windows": round(perplexity(model, heldout, 4), 4),
         "heldout_bytes_per_token": round(len(corpus.joined(texts.heldout)) / len(heldout), 4),
-        "training_tokens": sum(map(len, ids)),
+        "training_tokens": sum(map(len, library + others)),
         "tokens_seen": trainer.tokens,
         "training_minutes": round(trainer.seconds / 60, 1),
         "hardware": hardware(trainer.device),
