@@ -46,7 +46,7 @@ def cost(run):
     return lambda stage: perplexity(run(stage, DEMO).path) / baseline
 
 
-CALIB = Calib(samples=32, tokens=512)
+CALIB = Calib()
 
 
 @pytest.mark.slow

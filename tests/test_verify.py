@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from optpipe import model
@@ -16,6 +17,8 @@ from optpipe.export.onnx import Onnx
 from optpipe.prune.magnitude import Magnitude
 from optpipe.quant.rtn import Rtn
 from optpipe.verify import TOLERANCES, verify
+
+INDEX = torch.tensor([0])
 
 
 @pytest.fixture
@@ -69,6 +72,30 @@ def test_a_weight_where_the_mask_says_none_is_refused(run, source):
     change(made, "model.layers.0.mlp.up_proj.codes", lambda t: t ^ 0x11)
     with pytest.raises(GateError, match="mask says there are none"):
         verify(made, pruned, layers(made))
+
+
+def test_a_mask_that_breaks_its_pattern_is_refused(run, source):
+    """One group of four keeps three weights, another one: as sparse as claimed, but not 2:4."""
+    made = run(Magnitude(pattern="2:4", targets=["*down_proj"]), source)
+    change(
+        made, "model.layers.0.mlp.down_proj.mask", lambda t: t.index_fill_(1, INDEX, 0b0001_0111)
+    )
+    with pytest.raises(GateError, match=r"down_proj' does not follow the pattern '2:4'"):
+        verify(made, source, layers(made))
+
+
+def test_a_window_of_the_wrong_size_is_refused(run, tiny, monkeypatch):
+    """It shows beyond the window of 16 only, which none of the other prompts reaches."""
+    monkeypatch.setattr("optpipe.verify.PROMPTS", (2, 1))
+    source = Artifact(path=tiny("mistral"), format="hf", key="k")
+    decoder = Checkpoint(source.path).decoder
+    assert verify(run(Onnx(), source), source, None)["parity"]["positions"] == 5 * (1 + 8 + 5)
+    wrong = tuple(replace(block, window=block.window + 1) for block in decoder.blocks)
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "decoder", replace(decoder, blocks=wrong))
+        made = run(Onnx(), source)
+    with pytest.raises(GateError, match="relative logit error"):
+        verify(made, source, None)
 
 
 def test_a_lost_mask_is_refused(run, source):

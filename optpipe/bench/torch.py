@@ -5,6 +5,7 @@ Shapes: B rows, S tokens, V vocabulary.
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,8 @@ class Torch(Backend):
         self.capacity, self.vocab = checkpoint.decoder.context, checkpoint.decoder.vocab
         self.dtype, self.weight_bytes = dtype, _weight_bytes(self._lm)
         self._cache: DynamicCache | None = None
+        takes = signature(self._lm.forward).parameters
+        self._cache_argument = "cache" if "cache" in takes else "past_key_values"  # before 5.24
         self._pad_B: Tensor | None = None
 
     @classmethod
@@ -87,14 +90,13 @@ class Torch(Backend):
         """Feed tokens on top of the cache; logits of the last ``keep`` of them (0: of all)."""
         assert self._cache is not None
         depth, new = int(self._cache.get_seq_length()), ids_BS.shape[1]
-        given: dict[str, Tensor] = {}
+        given: dict[str, Any] = {self._cache_argument: self._cache}
         if self._pad_B is not None:
             slots = torch.arange(depth + new, device=self._pad_B.device)
             given["attention_mask"] = (slots >= self._pad_B[:, None]).long()
             given["position_ids"] = (slots[depth:] - self._pad_B[:, None]).clamp(min=0)
         logits: Tensor = self._lm(
             input_ids=self._tensor(ids_BS),
-            past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=keep,
             **given,

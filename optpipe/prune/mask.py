@@ -49,6 +49,14 @@ def keep_mask(score_RC: Tensor, sparsity: float, pattern: str) -> Tensor:
     return torch.ones_like(groups, dtype=torch.bool).scatter_(-1, order, False).reshape(rows, cols)
 
 
+def follows(mask_RC: Tensor, pattern: str) -> bool:
+    """Whether a mask keeps what its pattern promises: N of every M, or as many in every row."""
+    if (n_m := parse_pattern(pattern)) is None:
+        return bool((mask_RC.sum(-1) == mask_RC[0].sum()).all())
+    keep, of = n_m
+    return bool((mask_RC.reshape(-1, of).sum(-1) == keep).all())
+
+
 @dataclass(frozen=True, kw_only=True)
 class Prune(Stage):
     """What pruning methods share; each adds its score."""
