@@ -85,7 +85,7 @@ class Lowering:
         if name in self.weights and name not in self.new.initializers:
             proto = self.weights[name]
             data = tensor(self.source, proto)
-            self.new.raw(name, proto.data_type, tuple(proto.dims), np.ascontiguousarray(data))
+            self.new.raw(name, proto.data_type, tuple(proto.dims), [np.ascontiguousarray(data)])
 
     def _copy(self, node: NodeProto) -> Match:
         inputs = [name for name in node.input if name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ class Graph:
         self.inputs: list[ValueInfoProto] = []
         self.outputs: list[ValueInfoProto] = []
         self.initializers: dict[str, TensorProto] = {}
-        self._data = (out / DATA).open("wb")
+        self._data = (out / DATA).open("w+b")
 
     def node(
         self, op: str, inputs: list[str], output: str, *, domain: str = "", **attributes: Any
@@ -47,20 +48,29 @@ class Graph:
         if name not in self.initializers:
             array = np.ascontiguousarray(array)
             dtype = helper.np_dtype_to_tensor_dtype(array.dtype)
-            self.raw(name, dtype, array.shape, array)
+            self.raw(name, dtype, array.shape, [array])
         return name
 
-    def raw(self, name: str, dtype: int, shape: tuple[int, ...], data: np.ndarray) -> str:
-        """A weight from its bytes, for element types that numpy does not have (4-bit integers)."""
+    def raw(
+        self, name: str, dtype: int, shape: tuple[int, ...], parts: Iterable[np.ndarray]
+    ) -> str:
+        """A weight from its bytes, part by part; each part may overwrite the one before it.
+
+        Bytes, because numpy does not have all element types (4-bit integers).
+        """
         tensor = TensorProto(name=name, data_type=dtype, dims=shape)
-        view = data.reshape(-1).view(np.uint8).data
-        if view.nbytes <= INLINE_BYTES:
-            tensor.raw_data = view.tobytes()
+        offset = self._data.seek(-self._data.tell() % ALIGN, 1)
+        for part in parts:
+            self._data.write(part.reshape(-1).view(np.uint8).data)
+        length = self._data.tell() - offset
+        if length <= INLINE_BYTES:
+            self._data.seek(offset)
+            tensor.raw_data = self._data.read(length)
+            self._data.seek(offset)
+            self._data.truncate()
         else:
-            offset = self._data.seek(-self._data.tell() % ALIGN, 1)
-            self._data.write(view)
             tensor.data_location = TensorProto.EXTERNAL
-            for key, value in (("location", DATA), ("offset", offset), ("length", view.nbytes)):
+            for key, value in (("location", DATA), ("offset", offset), ("length", length)):
                 tensor.external_data.add(key=key, value=str(value))
         self.initializers[name] = tensor
         return name
