@@ -37,6 +37,11 @@ def leading(folder: Path) -> list[int]:
     return ids[:1] if bos is not None and ids[:1] == [bos] else []
 
 
+def save_fast(folder: Path, file: Path) -> None:
+    """Write the tokenizer of ``folder`` as a tokenizer.json, which needs no transformers."""
+    _tokenizer(folder).backend_tokenizer.save(str(file))
+
+
 def _tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)

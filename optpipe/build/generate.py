@@ -1,6 +1,7 @@
 """Run a decoder engine with nothing but onnxruntime, numpy and tokenizers.
 
     python generate.py "def main():" --new-tokens 64
+    python generate.py "4 8 15 16" --ids    # token numbers in and out: no tokenizer needed
 
 This file travels with the engine. optpipe's benchmark drives the same class, so what is measured is
 what is deployed.
@@ -158,24 +159,48 @@ def generate(engine: Engine, prompt: list[int], new_tokens: int, stop: set[int])
     return tokens
 
 
-def main() -> None:
+def numbers(text: str) -> list[int]:
+    found = [int(word) for word in text.split()]
+    if min(found, default=0) < 0:
+        raise ValueError(text)
+    return found
+
+
+def encode(tokenizer: Path, text: str) -> list[int]:
     from tokenizers import Tokenizer
 
+    return list(Tokenizer.from_file(str(tokenizer)).encode(text).ids)
+
+
+def decode(tokenizer: Path, tokens: list[int]) -> str:
+    from tokenizers import Tokenizer
+
+    return str(Tokenizer.from_file(str(tokenizer)).decode(tokens))
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description="Continue a prompt, greedily.")
     parser.add_argument("prompt")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=0, help="0: as many as there are cores")
-    parser.add_argument("--ids", action="store_true", help="print token ids instead of text")
+    parser.add_argument("--ids", action="store_true", help="prompt and answer are token numbers")
     args = parser.parse_args()
     folder = Path(__file__).resolve().parent
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    file = folder / "tokenizer.json"
+    if not args.ids and not file.is_file():
+        parser.error("this engine has no tokenizer: give token numbers and --ids")
+    try:
+        prompt = numbers(args.prompt) if args.ids else encode(file, args.prompt)
+    except ValueError:
+        parser.error(f"--ids takes token numbers, such as '4 8 15', got '{args.prompt}'")
     settings = json.loads((folder / "engine.json").read_text())
-    prompt = tokenizer.encode(args.prompt).ids
     engine = Engine(folder, args.threads)
     if not 0 < len(prompt) < engine.capacity:
         parser.error(f"the prompt has {len(prompt)} tokens; 1 to {engine.capacity - 1} fit")
+    if max(prompt) >= engine.vocab:
+        parser.error(f"token {max(prompt)} is not below the vocabulary of {engine.vocab}")
     tokens = generate(engine, prompt, args.new_tokens, set(settings["stop_tokens"]))
-    print(tokens if args.ids else tokenizer.decode(tokens))
+    print(*([*tokens] if args.ids else [decode(file, tokens)]))
 
 
 if __name__ == "__main__":

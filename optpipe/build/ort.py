@@ -20,6 +20,7 @@ from optpipe.export.graph import DATA, MODEL, read
 from optpipe.export.onnx import graph_bits
 from optpipe.linear import Layers
 from optpipe.stage import Progress, Stage
+from optpipe.text import has_tokenizer, save_fast
 
 SETTINGS, LOADER = "engine.json", "generate.py"
 
@@ -45,6 +46,8 @@ class Ort(Stage):
         progress("lowering", 0, 1)
         Lowering(source.path, out, self.accuracy_level).run()
         copy_side_files(source.path, out)
+        if has_tokenizer(source.path):  # in whatever form; the loader reads this one
+            save_fast(source.path, out / "tokenizer.json")
         shutil.copy2(str(generate.__file__), out / LOADER)
         settings = {
             "stop_tokens": _stop_tokens(Checkpoint(source.path)),

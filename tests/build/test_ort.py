@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
 
 import optpipe
 from optpipe.artifact import Artifact
@@ -44,15 +46,39 @@ def test_the_loader_runs_without_torch(engine, bare_python, tmp_path):
     shutil.copytree(engine, elsewhere)
     probe = [str(bare_python), "-c", "import torch"]
     assert subprocess.run(probe, capture_output=True, check=False).returncode != 0
-    command = [str(bare_python), "generate.py", "def main():", "--new-tokens", "12", "--ids"]
-    done = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    from tokenizers import Tokenizer
 
-    prompt = Tokenizer.from_file(str(engine / "tokenizer.json")).encode("def main():").ids
+    def call(*args):
+        command = [str(bare_python), "generate.py", *args, "--new-tokens", "12"]
+        return subprocess.run(command, cwd=elsewhere, capture_output=True, text=True, check=False)
+
+    tokenizer = AutoTokenizer.from_pretrained(DEMO)
+    prompt = tokenizer.encode("def main():")
     settings = json.loads((engine / "engine.json").read_text())
     expected = generate(Engine(engine), prompt, 12, set(settings["stop_tokens"]))
-    assert json.loads(done.stdout) == expected and len(expected) == 12
+    said = call("def main():")
+    assert (said.returncode, said.stdout) == (0, tokenizer.decode(expected) + "\n"), said.stderr
+    (elsewhere / "tokenizer.json").unlink()
+    numbers = call(" ".join(map(str, prompt)), "--ids")
+    assert [int(n) for n in numbers.stdout.split()] == expected and len(expected) == 12
+    for wrong, why in (("def main():",), "no tokenizer"), (("1 x", "--ids"), "got '1 x'"):
+        refused = call(*wrong)
+        assert refused.returncode == 2 and why in refused.stderr.splitlines()[-1]
+
+
+def test_a_tokenizer_of_another_kind_becomes_one_the_loader_reads(run, tmp_path):
+    """GPT-2 as it was published has vocab.json and merges.txt."""
+    shutil.copytree(DEMO, tmp_path / "model")
+    bpe = json.loads((DEMO / "tokenizer.json").read_text())["model"]
+    (tmp_path / "model/tokenizer.json").unlink()
+    (tmp_path / "model/vocab.json").write_text(json.dumps(bpe["vocab"]))
+    merges = "\n".join(" ".join(pair) for pair in bpe["merges"])
+    (tmp_path / "model/merges.txt").write_text(f"#version: 0.2\n{merges}\n")
+    settings = {"tokenizer_class": "GPT2Tokenizer", "bos_token": "<|endoftext|>"}
+    (tmp_path / "model/tokenizer_config.json").write_text(json.dumps(settings))
+    folder = run(Ort(), run(Onnx(), tmp_path / "model")).path
+    text = "def main():\n    return 0"
+    ids = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids
+    assert ids == AutoTokenizer.from_pretrained(DEMO).encode(text)
 
 
 def test_generation_stops_at_a_stop_token_and_at_capacity(tiny, run):
