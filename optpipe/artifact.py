@@ -10,6 +10,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ class Artifact:
     format: str
     """'hf' (torch), 'onnx' or 'ort': decides which stages accept it and which backend runs it."""
     key: str
-    """Hash of everything that led here: model, stages, their fields. Equal key, equal artifact."""
+    """Hash of all that led here: model, stages, their fields, code. Equal key, equal artifact."""
     lineage: tuple[str, ...] = ()
     """Names of the stages applied so far, oldest first."""
     stats: Stats = field(default_factory=dict)
@@ -102,6 +103,18 @@ def fingerprint(*parts: object) -> str:
     """Twelve hex digits of a stable hash; the parts must be JSON-like."""
     text = json.dumps(parts, sort_keys=True, default=_plain)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@cache
+def code() -> str:
+    """Hash of all of this package that makes artifacts, so that none is reused by other code.
+
+    The benchmark only looks at them, and the training script of the demo makes none.
+    """
+    package = Path(__file__).parent
+    sources = sorted(package.rglob("*.py"))
+    making = [s for s in sources if s.relative_to(package).parts[0] not in ("bench", "demo")]
+    return hashlib.sha256(b"\0".join(source.read_bytes() for source in making)).hexdigest()[:12]
 
 
 def _plain(value: object) -> object:

@@ -13,8 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from optpipe import __version__
-from optpipe.artifact import MANIFEST, Artifact, fingerprint, publish
+from optpipe.artifact import MANIFEST, Artifact, code, fingerprint, publish
 from optpipe.errors import GateError, InputError, StageError, one_line
 from optpipe.family import HEAD
 from optpipe.progress import clock, shown
@@ -65,7 +64,7 @@ def check(stages: Mapping[str, Stage], source: Source, store: Path) -> list[Step
             raise InputError(f"stage '{name}': {error}") from error
         bits = stage.output_bits(_owned(layers, decoder.tied), rest, float_bits)
         kind = f"{type(stage).__module__}.{type(stage).__qualname__}"
-        key = fingerprint(key, kind, asdict(stage), inputs, __version__)
+        key = fingerprint(key, kind, asdict(stage), inputs, code())
         path = store / f"{name}-{key}"
         size_bytes = int(bits / 8) + SIDE_BYTES
         steps.append(

@@ -134,7 +134,7 @@ def test_the_key_depends_on_everything_that_decides_the_result(source, tiny, tmp
     ]
     monkeypatch.setattr(Add, "inputs", lambda self, model: "another text")
     keys.append(key())
-    monkeypatch.setattr(pipeline, "__version__", "9.9")
+    monkeypatch.setattr(pipeline, "code", lambda: "changed")
     keys.append(key())
     assert len(set(keys)) == len(keys)
     assert key() == keys[-1]
