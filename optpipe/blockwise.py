@@ -8,7 +8,7 @@ arXiv:2210.17323); the layers of one block are all observed before the first of 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from optpipe import model
-from optpipe.artifact import Artifact, Stats
-from optpipe.calibrate import Statistic
+from optpipe.artifact import Artifact
+from optpipe.calibrate import Observation, Statistic
 from optpipe.checkpoint import Checkpoint, Writer
 from optpipe.family import HEAD, Block
 from optpipe.linear import Form, Layers, LowRank, Quantized, encode, mask_of
@@ -27,19 +27,6 @@ from optpipe.stage import Progress
 
 Change = Callable[[str, nn.Module, Any], nn.Module]
 """(layer name, layer, statistic of its inputs or None) -> what takes its place."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Observation:
-    """What to look at before layers change."""
-
-    ids_ST: Tensor
-    wanted: frozenset[str]
-    """Names of the layers whose inputs are needed."""
-    statistic: Callable[[int], Statistic]
-    """Makes an empty statistic for a number of inputs."""
-    facts: Stats = field(default_factory=dict)
-    """What a report says about the data."""
 
 
 @dataclass

@@ -6,13 +6,14 @@ Shapes: S samples, T tokens of each, N rows of inputs, C inputs of a linear laye
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from optpipe.artifact import fingerprint
+from optpipe.artifact import Stats, fingerprint
 from optpipe.checkpoint import Checkpoint
 from optpipe.errors import InputError
 from optpipe.text import has_tokenizer, leading, no_tokenizer, tokenize
@@ -79,6 +80,14 @@ class Calib:
         starts = (chosen * body).tolist()
         return torch.tensor([[*bos, *ids[start : start + body]] for start in starts])
 
+    def observe(
+        self, checkpoint: Checkpoint, wanted: frozenset[str], statistic: Callable[[int], Statistic]
+    ) -> Observation:
+        """Ask for a statistic of the inputs of the layers ``wanted`` on these tokens."""
+        return Observation(
+            ids_ST=self.ids(checkpoint), wanted=wanted, statistic=statistic, facts=self.facts()
+        )
+
     def facts(self) -> dict[str, object]:
         """What a report says about the calibration."""
         text = self.path or BUNDLED.name if self.source == "text" else None
@@ -127,3 +136,16 @@ class Gram:
 
 
 Statistic = Squares | Gram
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observation:
+    """What to look at before layers change."""
+
+    ids_ST: Tensor
+    wanted: frozenset[str]
+    """Names of the layers whose inputs are needed."""
+    statistic: Callable[[int], Statistic]
+    """Makes an empty statistic for a number of inputs."""
+    facts: Stats = field(default_factory=dict)
+    """What a report says about the data."""

@@ -15,6 +15,7 @@ from optpipe.checkpoint import Checkpoint
 from optpipe.lowrank.svd import Svd
 from optpipe.lowrank.svdllm import SvdLlm
 from optpipe.prune.magnitude import Magnitude
+from optpipe.prune.sparsegpt import SparseGpt
 from optpipe.prune.wanda import Wanda
 from optpipe.quant.gptq import Gptq
 from optpipe.quant.rtn import Rtn
@@ -65,5 +66,7 @@ def test_whitened_svd_beats_plain_svd(cost):
 
 
 @pytest.mark.slow
-def test_wanda_beats_magnitude(cost):
-    assert cost(Wanda(sparsity=0.5, calib=CALIB)) < cost(Magnitude(sparsity=0.5))
+def test_sparsegpt_beats_wanda_and_that_magnitude(cost):
+    methods = SparseGpt(calib=CALIB), Wanda(calib=CALIB), Magnitude()
+    ours, wanda, magnitude = map(cost, methods)
+    assert ours < wanda < magnitude

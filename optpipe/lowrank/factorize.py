@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from optpipe import model
 from optpipe.artifact import Artifact, Stats
-from optpipe.blockwise import Observation, rewrite, select
+from optpipe.blockwise import rewrite, select
+from optpipe.calibrate import Observation
 from optpipe.checkpoint import Checkpoint
 from optpipe.linear import Form, Layers, LowRank, dense
 from optpipe.stage import Progress, Stage

@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from optpipe.blockwise import Observation
-from optpipe.calibrate import Calib, Gram
+from optpipe.calibrate import Calib, Gram, Observation
 from optpipe.checkpoint import Checkpoint
 from optpipe.lowrank.factorize import Factorize, truncated
 
@@ -51,5 +50,4 @@ class SvdLlm(Factorize):
         return self.calib.inputs(model)
 
     def observation(self, checkpoint: Checkpoint, wanted: frozenset[str]) -> Observation:
-        ids_ST, facts = self.calib.ids(checkpoint), self.calib.facts()
-        return Observation(ids_ST=ids_ST, wanted=wanted, statistic=Gram, facts=facts)
+        return self.calib.observe(checkpoint, wanted, Gram)

@@ -14,5 +14,5 @@ from optpipe.prune.mask import Prune
 class Magnitude(Prune):
     """Needs no data; the baseline of every other method."""
 
-    def score(self, weight_RC: Tensor, statistic: Any) -> Tensor:
-        return weight_RC.abs()
+    def pruned(self, weight_RC: Tensor, statistic: Any) -> tuple[Tensor, Tensor]:
+        return self.without_lowest(weight_RC, weight_RC.abs())

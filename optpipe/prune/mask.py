@@ -12,22 +12,23 @@ from torch import Tensor, nn
 
 from optpipe import model
 from optpipe.artifact import Artifact, Stats
-from optpipe.blockwise import Observation, rewrite, select
+from optpipe.blockwise import rewrite, select
+from optpipe.calibrate import Observation
 from optpipe.checkpoint import Checkpoint
 from optpipe.family import HEAD
-from optpipe.linear import Layers, dense
+from optpipe.linear import Form, Layers, dense
 from optpipe.stage import Progress, Stage
 
-ROW = "row"
+ROW, LAYER = "row", "layer"
 
 
 def parse_pattern(pattern: str) -> tuple[int, int] | None:
-    """'2:4' -> (2, 4): keep 2 of every 4 inputs. 'row' -> None: no structure within a row."""
-    if pattern == ROW:
+    """'2:4' -> (2, 4): keep 2 of every 4 inputs. 'row', 'layer' -> None: no such structure."""
+    if pattern in (ROW, LAYER):
         return None
     parts = pattern.split(":")
     if len(parts) != 2 or not all(part.isdigit() for part in parts):
-        raise ValueError(f"pattern must be 'row' or N:M, such as '2:4', got '{pattern}'")
+        raise ValueError(f"pattern must be 'row', 'layer' or N:M, such as '2:4', got '{pattern}'")
     keep, of = map(int, parts)
     if not 0 < keep < of:
         raise ValueError(f"pattern N:M keeps N of every M, 0 < N < M, got '{pattern}'")
@@ -35,22 +36,28 @@ def parse_pattern(pattern: str) -> tuple[int, int] | None:
 
 
 def keep_mask(score_RC: Tensor, sparsity: float, pattern: str) -> Tensor:
-    """True for the weights of highest score: of each row, or of each group of M inputs.
+    """True for the weights of highest score: of the layer, of each row or of each M inputs.
 
-    Exactly round(sparsity * C) weights of a row go; on a tie the earlier ones do.
+    Exactly round(sparsity * weights) of a layer or a row go.
     """
-    rows, cols = score_RC.shape
-    if (n_m := parse_pattern(pattern)) is None:
-        groups, drop = score_RC.unsqueeze(1), round(sparsity * cols)
-    else:
+    if (n_m := parse_pattern(pattern)) is not None:
         keep, of = n_m
-        groups, drop = score_RC.reshape(rows, cols // of, of), of - keep
-    order = groups.argsort(dim=-1, stable=True)[..., :drop]
-    return torch.ones_like(groups, dtype=torch.bool).scatter_(-1, order, False).reshape(rows, cols)
+        return all_but_lowest(score_RC.reshape(-1, of), of - keep).reshape(score_RC.shape)
+    groups = score_RC.reshape(1, -1) if pattern == LAYER else score_RC
+    drop = round(sparsity * groups.shape[1])
+    return all_but_lowest(groups, drop).reshape(score_RC.shape)
+
+
+def all_but_lowest(score: Tensor, drop: int) -> Tensor:
+    """False for the ``drop`` lowest along the last dimension; on a tie for the earlier ones."""
+    order = score.argsort(dim=-1, stable=True)[..., :drop]
+    return torch.ones_like(score, dtype=torch.bool).scatter_(-1, order, False)
 
 
 def follows(mask_RC: Tensor, pattern: str) -> bool:
     """Whether a mask keeps what its pattern promises: N of every M, or as many in every row."""
+    if pattern == LAYER:
+        return True
     if (n_m := parse_pattern(pattern)) is None:
         return bool((mask_RC.sum(-1) == mask_RC[0].sum()).all())
     keep, of = n_m
@@ -64,7 +71,7 @@ class Prune(Stage):
     sparsity: float = 0.5
     """Share of weights to drop, 0 to 1; an N:M pattern fixes it instead."""
     pattern: str = ROW
-    """'row' drops freely within each row; 'N:M' keeps N of every M inputs."""
+    """'layer' drops freely, 'row' as many in each row; 'N:M' keeps N of every M inputs."""
     targets: list[str] = field(default_factory=lambda: ["*"])
     """Patterns of layer names, such as '*.mlp.*'."""
 
@@ -73,11 +80,13 @@ class Prune(Stage):
         if not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity must be at least 0 and below 1, got {self.sparsity}")
 
-    def dropped(self, cols: int) -> int:
-        """Weights that go from a row of ``cols``."""
-        if (n_m := parse_pattern(self.pattern)) is None:
-            return round(self.sparsity * cols)
-        return cols * (n_m[1] - n_m[0]) // n_m[1]
+    def dropped(self, form: Form) -> int:
+        """Weights that go from a layer."""
+        if (n_m := parse_pattern(self.pattern)) is not None:
+            return form.rows * form.cols // n_m[1] * (n_m[1] - n_m[0])
+        if self.pattern == LAYER:
+            return round(self.sparsity * (form.rows * form.cols))
+        return form.rows * round(self.sparsity * form.cols)
 
     def plan(self, layers: Layers) -> Layers:
         planned, chosen = dict(layers), select(layers, self.targets)
@@ -98,11 +107,19 @@ class Prune(Stage):
         return planned
 
     @abstractmethod
-    def score(self, weight_RC: Tensor, statistic: Any) -> Tensor:
-        """How much each weight matters, (R, C); ``statistic`` as asked for in ``observation``."""
+    def pruned(self, weight_RC: Tensor, statistic: Any) -> tuple[Tensor, Tensor]:
+        """The new weight and which of its elements are kept, both (R, C).
+
+        ``statistic`` as asked for in ``observation``.
+        """
+
+    def without_lowest(self, weight_RC: Tensor, score_RC: Tensor) -> tuple[Tensor, Tensor]:
+        """``weight_RC`` without the weights of lowest score, and the mask."""
+        mask = keep_mask(score_RC, self.sparsity, self.pattern)
+        return weight_RC * mask, mask
 
     def observation(self, checkpoint: Checkpoint, wanted: frozenset[str]) -> Observation | None:
-        """What the score needs to know of the inputs of the layers."""
+        """What the method needs to know of the inputs of the layers."""
         return None
 
     def run(self, source: Artifact, out: Path, progress: Progress) -> Stats:
@@ -114,12 +131,12 @@ class Prune(Stage):
             if name not in chosen:
                 return layer
             assert isinstance(layer, nn.Linear)
-            mask = keep_mask(self.score(layer.weight, statistic), self.sparsity, self.pattern)
-            return dense(layer.weight * mask, layer.bias, mask)
+            weight, mask = self.pruned(layer.weight, statistic)
+            return dense(weight, layer.bias, mask)
 
         observation = self.observation(checkpoint, chosen)
         rewrite(source, out, self.plan(layers), change, progress, observation)
-        gone = sum(layers[name].rows * self.dropped(layers[name].cols) for name in chosen)
+        gone = sum(self.dropped(layers[name]) for name in chosen)
         stored = [f for n, f in layers.items() if n != HEAD or not checkpoint.head_is_embedding]
         facts = observation.facts if observation else {}
         return {"sparsity": gone / sum(f.rows * f.cols for f in stored), **facts}

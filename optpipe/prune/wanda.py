@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from optpipe.blockwise import Observation
-from optpipe.calibrate import Calib, Squares
+from optpipe.calibrate import Calib, Observation, Squares
 from optpipe.checkpoint import Checkpoint
 from optpipe.prune.mask import Prune
 
@@ -18,6 +17,9 @@ class Wanda(Prune):
 
     calib: Calib = field(default_factory=Calib)
 
+    def pruned(self, weight_RC: Tensor, statistic: Squares) -> tuple[Tensor, Tensor]:
+        return self.without_lowest(weight_RC, self.score(weight_RC, statistic))
+
     def score(self, weight_RC: Tensor, statistic: Squares) -> Tensor:
         """Eq. 1 of the paper."""
         return weight_RC.abs() * statistic.norm_C.to(weight_RC.dtype)
@@ -26,5 +28,4 @@ class Wanda(Prune):
         return self.calib.inputs(model)
 
     def observation(self, checkpoint: Checkpoint, wanted: frozenset[str]) -> Observation:
-        ids_ST, facts = self.calib.ids(checkpoint), self.calib.facts()
-        return Observation(ids_ST=ids_ST, wanted=wanted, statistic=Squares, facts=facts)
+        return self.calib.observe(checkpoint, wanted, Squares)

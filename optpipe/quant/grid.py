@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from optpipe import model
 from optpipe.artifact import Artifact, Stats
-from optpipe.blockwise import Observation, rewrite, select
+from optpipe.blockwise import rewrite, select
+from optpipe.calibrate import Observation
 from optpipe.checkpoint import Checkpoint
 from optpipe.linear import PER_CHANNEL, Form, Layers, Quantized, mask_of
 from optpipe.stage import Progress, Stage
@@ -41,9 +42,13 @@ class Grid:
         codes = (weight_RC / scales).round() + zeros
         return codes.clamp(0, self.top).to(torch.uint8)
 
+    def zero(self, column: int) -> Tensor:
+        """The codes that stand for zero in one column, uint8 (R)."""
+        return self.zeros_RG[:, self._group(column)]
+
     def column(self, weight_R: Tensor, column: int) -> tuple[Tensor, Tensor]:
         """Nearest codes of one column, uint8 (R), and the weights they stand for, (R)."""
-        group = 0 if self.form.groups == 1 else column // self.form.group_size
+        group = self._group(column)
         scale = self.scales_RG[:, group].to(weight_R.dtype)
         zero = self.zeros_RG[:, group].to(weight_R.dtype)
         codes = ((weight_R / scale).round() + zero).clamp(0, self.top)
@@ -62,6 +67,9 @@ class Grid:
     def top(self) -> int:
         assert self.form.bits is not None
         return int(2**self.form.bits - 1)
+
+    def _group(self, column: int) -> int:
+        return 0 if self.form.groups == 1 else column // self.form.group_size
 
     def _spread(self) -> tuple[Tensor, Tensor]:
         """Scale and zero of every weight, (R, C)."""

@@ -5,12 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from optpipe import compensate as compensation
 from optpipe import model
 from optpipe.checkpoint import Checkpoint
+from optpipe.compensate import compensate, inverse_factor
 from optpipe.linear import Form, mask_of, weight_of
 from optpipe.prune.magnitude import Magnitude
-from optpipe.quant import gptq
-from optpipe.quant.gptq import Gptq, compensate, inverse_factor
+from optpipe.quant.gptq import Gptq, Rounding
 from optpipe.quant.grid import fit
 from optpipe.quant.rtn import Rtn
 
@@ -31,8 +32,9 @@ def weights(rows, cols, seed):
 
 
 def codes_of(weight, gram, form, damp=1e-9, keep=None):
-    order = torch.arange(form.cols)
-    return compensate(weight, inverse_factor(gram, damp), fit(weight, form), order, keep)
+    rounding = Rounding(fit(weight, form), torch.arange(form.cols), keep)
+    compensate(weight, inverse_factor(gram, damp), rounding)
+    return rounding.codes_RC
 
 
 def error(weight, codes, gram, form):
@@ -76,7 +78,7 @@ def test_the_size_of_the_lazy_blocks_does_not_matter(monkeypatch):
     weight, gram = weights(8, 96, 0), inputs("correlated", 96, 0)
     found = []
     for block in (1, 7, 96, 128):
-        monkeypatch.setattr(gptq, "BLOCK", block)
+        monkeypatch.setattr(compensation, "BLOCK", block)
         found.append(codes_of(weight, gram, form))
     assert all(torch.equal(found[0], other) for other in found[1:])
 

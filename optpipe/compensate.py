@@ -1,0 +1,66 @@
+"""Change a weight column by column and let later columns make up for it: SparseGPT and GPTQ.
+
+For one layer, H = X^T X / N and U is the upper Cholesky factor of its damped inverse. Once column j
+is fixed to q_j, the columns after it move by -(w_j - q_j) / U_jj * U_j,: (GPTQ, arXiv:2210.17323,
+eq. 2 and 3 in their Cholesky form, algorithm 1; SparseGPT, arXiv:2301.00774, algorithm 1). What a
+column is fixed to is up to the method. Shapes: R outputs, C inputs, W columns decided together.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+BLOCK = 128
+"""Columns whose updates to all later ones are applied at once: the same result, in fewer passes."""
+
+
+class Projection(Protocol):
+    """What columns are fixed to."""
+
+    @property
+    def width(self) -> int:
+        """Columns about which something is decided together, W."""
+
+    def decide(self, weight_RW: Tensor, factor_W: Tensor, start: int) -> None:
+        """Look at the columns from ``start`` on, before the first of them is fixed.
+
+        ``factor_W`` is the diagonal of U: a weight that becomes zero costs (w / U_jj)^2.
+        """
+
+    def column(self, weight_R: Tensor, j: int) -> Tensor:
+        """What column j becomes, (R)."""
+
+
+def inverse_factor(gram_CC: Tensor, damp: float) -> Tensor:
+    """Upper Cholesky factor U of (H + damp * mean(diag H))^-1, U^T U, float64 (C, C)."""
+    damped = gram_CC.clone()
+    diagonal = damped.diagonal()
+    diagonal += damp * diagonal.mean()
+    diagonal[diagonal == 0] = 1.0  # no input ever, and no damping: any positive number will do
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor
+
+
+def compensate(weight_RC: Tensor, factor_CC: Tensor, projection: Projection) -> Tensor:
+    """``weight_RC`` with every column fixed, float64."""
+    work = weight_RC.to(torch.float64, copy=True)  # the columns that are left move
+    cols, width = work.shape[1], projection.width
+    block = max(BLOCK - BLOCK % width, width)  # what is decided together lies in one block
+    for start in range(0, cols, block):
+        stop = min(start + block, cols)
+        errors = torch.zeros(work.shape[0], stop - start, dtype=work.dtype)
+        for j in range(start, stop):
+            if j % width == 0:
+                ahead = slice(j, min(j + width, cols))
+                projection.decide(work[:, ahead], factor_CC.diagonal()[ahead], j)
+            fixed = projection.column(work[:, j], j)
+            error = (work[:, j] - fixed) / factor_CC[j, j]
+            work[:, j] = fixed
+            work[:, j + 1 : stop] -= error[:, None] * factor_CC[j, j + 1 : stop]
+            errors[:, j - start] = error
+        work[:, stop:] -= errors @ factor_CC[start:stop, stop:]
+    return work
