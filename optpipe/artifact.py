@@ -41,7 +41,7 @@ class Artifact:
     @property
     def intact(self) -> bool:
         """Whether all its files are still there, none cut short."""
-        return all(
+        return bool(self.files) and all(
             (self.path / name).is_file() and (self.path / name).stat().st_size == size
             for name, size in self.files.items()
         )
@@ -52,12 +52,24 @@ class Artifact:
 
     @property
     def size_bytes(self) -> int:
+        """Bytes of its files; while it is still being made, of whatever is in its folder."""
+        if self.files:
+            return sum(self.files.values())
         return sum(f.stat().st_size for f in self.path.rglob("*") if f.is_file())
 
     @classmethod
     def load(cls, path: Path) -> Artifact:
         record = json.loads((path / MANIFEST).read_text())
         return cls(path=path, **{**record, "lineage": tuple(record["lineage"])})
+
+    @classmethod
+    def find(cls, path: Path) -> Artifact | None:
+        """The artifact of a folder; None if there is none, or one that is damaged or foreign."""
+        try:
+            artifact = cls.load(path)
+        except (OSError, ValueError, TypeError, KeyError):  # no manifest, or one cut short
+            return None
+        return artifact if artifact.intact else None
 
 
 def publish(final: Path, make: Callable[[Path], Artifact]) -> Artifact:
@@ -76,9 +88,9 @@ def publish(final: Path, make: Callable[[Path], Artifact]) -> Artifact:
         try:
             temporary.rename(final)
         except OSError:  # a folder that is not empty is never replaced
-            if not (final / MANIFEST).is_file():
+            if not final.is_dir():
                 raise
-            if not Artifact.load(final).intact:  # damaged since it was made
+            if Artifact.find(final) is None:  # damaged since it was made
                 shutil.rmtree(final)
                 temporary.rename(final)
     finally:

@@ -185,7 +185,7 @@ def _write_head(
     if not (decoder.tied and planned[decoder.head].bits is None):
         writer.add(decoder.head, _stored(decoder.head, head, planned[decoder.head], checkpoint))
     elsewhere = (f"{decoder.head}.", *(f"{block.name}." for block in decoder.blocks))
-    rest = [name for name in checkpoint.files if not name.startswith(elsewhere)]
+    rest = [name for name, _ in lm.named_parameters() if not name.startswith(elsewhere)]
     writer.add("rest", {name: _tensor(checkpoint, name) for name in rest})
 
 
@@ -196,8 +196,9 @@ def _block_tensors(
     for name, layer in model.block_linears(lm, block):
         tensors |= _stored(name, layer, planned[name], checkpoint)
     layers = tuple(f"{name}." for name in block.linears)
-    for name in checkpoint.files:
-        if name.startswith(f"{block.name}.") and not name.startswith(layers):
+    # of its parameters alone: old files hold buffers, such as the causal masks of GPT-2
+    for name, _ in lm.get_submodule(block.name).named_parameters(prefix=block.name):
+        if not name.startswith(layers):
             tensors[name] = _tensor(checkpoint, name)
     return tensors
 
@@ -210,7 +211,7 @@ def _stored(name: str, layer: nn.Module, form: Form, checkpoint: Checkpoint) -> 
     else:
         assert form.bits is None and layer.weight.shape == (form.rows, form.cols), (name, form)
     assert (mask_of(layer) is not None) == (form.pattern is not None), (name, form)
-    return encode(name, layer, form, checkpoint.dtype)
+    return encode(name, layer, form, checkpoint.layer_dtype(name))
 
 
 def _tensor(checkpoint: Checkpoint, name: str) -> Tensor:

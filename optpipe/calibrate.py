@@ -6,7 +6,7 @@ Shapes: S samples, T tokens of each, N rows of inputs, C inputs of a linear laye
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +20,8 @@ from optpipe.text import has_tokenizer, leading, no_tokenizer, tokenize
 
 BUNDLED = Path(__file__).parent / "demo" / "calibration.txt"
 SOURCES = ("text", "random")
+MOST_TOKENS = 100_000_000
+"""A hundred times what any method asks for; more is a slip of the hand that fills the memory."""
 
 
 @dataclass(kw_only=True)  # not frozen: OmegaConf cannot merge into a frozen nested dataclass
@@ -47,6 +49,8 @@ class Calib:
             raise ValueError(
                 f"at least 1 sample of 2 tokens is needed, got {self.samples} x {self.tokens}"
             )
+        if self.samples * self.tokens > MOST_TOKENS:
+            raise ValueError(f"at most {MOST_TOKENS:,} tokens, got {self.samples} x {self.tokens}")
 
     def inputs(self, checkpoint: Checkpoint) -> str:
         """A hash of the tokens, for the key of an artifact. Raises InputError as ``ids`` does."""
@@ -98,10 +102,21 @@ class Calib:
         try:
             content = file.read_text(encoding="utf-8")
             if file.suffix == ".jsonl":
-                return "\n\n".join(json.loads(line)["text"] for line in content.splitlines())
-        except (OSError, ValueError, KeyError, TypeError) as error:
+                return "\n\n".join(_texts(content))
+        except (OSError, ValueError) as error:
             raise InputError(f"cannot read calib.path '{file}': {error}") from error
         return content
+
+
+def _texts(jsonl: str) -> Iterator[str]:
+    """The 'text' of every line. Raises ValueError with the number of a bad one."""
+    for number, line in enumerate(jsonl.split("\n"), 1):  # splitlines also cuts inside strings
+        if not line.strip():
+            continue
+        try:
+            yield str(json.loads(line)["text"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"line {number}: {type(error).__name__}: {error}") from error
 
 
 class Squares:

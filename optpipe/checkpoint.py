@@ -93,11 +93,30 @@ class Checkpoint:
         return self.decoder.tied and (head is None or head.bits is None)
 
     @cached_property
+    def types(self) -> dict[str, str]:
+        """What every tensor is stored as, in the names of safetensors."""
+        return {
+            self._prefix + tensor: entry["dtype"]
+            for name in sorted(set(self.files.values()))
+            for tensor, entry in _header(self.path / name).items()
+        }
+
+    @property
     def dtype(self) -> torch.dtype:
-        """What floating-point tensors are stored as, whatever the config says."""
-        name = f"{self.decoder.embed}.weight"
-        header = _header(self.path / self.files[name])
-        stored = header[name.removeprefix(self._prefix)]["dtype"]
+        """What the embedding is stored as, whatever the config says."""
+        return self.floating(f"{self.decoder.embed}.weight")
+
+    def layer_dtype(self, layer: str) -> torch.dtype:
+        """What the floats of a layer are stored as; of a new factor, the layer it came from."""
+        for owner in (layer, layer.rpartition(".")[0]):
+            for part in ("weight", "values", "bias"):
+                if f"{owner}.{part}" in self.types:
+                    return self.floating(f"{owner}.{part}")
+        return self.dtype
+
+    def floating(self, name: str) -> torch.dtype:
+        """The type of one stored tensor. Raises InputError if it is none that a weight may have."""
+        stored = self.types[name]
         if stored not in DTYPES:
             raise InputError(f"'{name}' is stored as {stored}; allowed are {', '.join(DTYPES)}")
         return DTYPES[stored]
@@ -156,7 +175,8 @@ def copy_side_files(source: Path, out: Path) -> None:
 
 
 def side_files(path: Path) -> Iterator[Path]:
-    return (file for pattern in SIDE_FILES for file in sorted(path.glob(pattern)))
+    found = (file for pattern in SIDE_FILES for file in sorted(path.glob(pattern)))
+    return (file for file in found if file.is_file())
 
 
 def _dump(file: Path, content: object) -> None:

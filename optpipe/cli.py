@@ -99,8 +99,7 @@ def _work(cfg: DictConfig, out: Path) -> None:
     from optpipe.source import Source
 
     with _inputs():
-        if not isinstance(HydraConfig.get().runtime.choices.get("recipe"), str):
-            raise InputError("recipe takes one name; for several runs: -m recipe=NAME,NAME")
+        config.check_choices(HydraConfig.get().runtime.choices)
         if not isinstance(cfg.store, str) or not cfg.store:
             raise InputError(f"store must be a folder, got {cfg.store!r}")
         store = Path(cfg.store)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import pkgutil
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +56,10 @@ def overview() -> str:
     about = {
         path.stem: _about(path) for folder in folders for path in sorted(folder.glob("*.yaml"))
     }
-    groups = {path.name: path for path in sorted(data_dir("conf").iterdir()) if path.is_dir()}
     lines = ["recipe", *(f"  {name:14}{text}" for name, text in sorted(about.items())), ""]
-    for name, folder in groups.items():
-        lines.append(f"{name:16}{', '.join(sorted(path.stem for path in folder.glob('*.yaml')))}")
+    for name in groups():
+        options = sorted(path.stem for path in (data_dir("conf") / name).glob("*.yaml"))
+        lines.append(f"{name:16}{', '.join(options)}")
     return "\n".join(lines)
 
 
@@ -75,7 +75,7 @@ def build(node: DictConfig, base: type[Any] = Stage, name: str = "stage") -> Any
     """
     try:
         cls = pkgutil.resolve_name(node["_target_"])
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise InputError(f"{name}._target_: {one_line(error)}") from error
     if not (isinstance(cls, type) and issubclass(cls, base)):
         raise InputError(f"{name}: {node['_target_']} is not a {base.__name__}")
@@ -111,6 +111,24 @@ def build_stages(cfg: DictConfig) -> dict[str, Stage]:
     return {name: slots[name] for name in names}
 
 
+def check_choices(choices: Mapping[str, object]) -> None:
+    """Raise InputError for a group of which several options, or none, were chosen.
+
+    Hydra merges several in silence, and leaves the group out of ``choices``.
+    """
+    for group in ("recipe", *groups()):
+        if group != "scenario" and group not in choices:
+            raise InputError(
+                f"{group} takes one name; for several runs: -m {group}=NAME,NAME; what does not "
+                "run is left out of stages=[...]"
+            )
+
+
+def groups() -> list[str]:
+    """The folders of conf/."""
+    return [path.name for path in sorted(data_dir("conf").iterdir()) if path.is_dir()]
+
+
 def unused(cfg: DictConfig, overrides: Iterable[str]) -> list[str]:
     """Overrides of a slot that is configured but not among the stages."""
     idle = {str(name) for name in cfg} - {*DATA_GROUPS, *PLAIN_KEYS, *cfg.stages}
@@ -126,11 +144,11 @@ def _check_top_level(cfg: DictConfig) -> None:
     """A recipe may add a slot (a node with a ``_target_``), but a misspelt key must not pass."""
     if "recipe" in cfg:  # its keys would be ignored in silence
         raise InputError("this recipe file must begin with '# @package _global_'")
-    groups = [path.name for path in sorted(data_dir("conf").iterdir()) if path.is_dir()]
+    known = (*groups(), *PLAIN_KEYS)
     for key, value in cfg.items_ex(resolve=False):
         slot = isinstance(value, DictConfig) and "_target_" in value
-        if not slot and key not in (*groups, *PLAIN_KEYS):
-            raise InputError(unknown("key", str(key), (*groups, *PLAIN_KEYS, "recipe")))
+        if not slot and key not in known:
+            raise InputError(unknown("key", str(key), (*known, "recipe")))
 
 
 def unknown(kind: str, value: str, allowed: Iterable[str]) -> str:

@@ -210,11 +210,7 @@ UNSUPPORTED_GPT2 = (
 
 
 def _gpt2(config: Any) -> Decoder:
-    for flag in (
-        "scale_attn_by_inverse_layer_idx",
-        "reorder_and_upcast_attn",
-        "add_cross_attention",
-    ):
+    for flag in UNSUPPORTED_GPT2:
         if getattr(config, flag, False):
             raise InputError(f"GPT-2 with {flag}=true is not supported")
     head_dim = config.n_embd // config.n_head

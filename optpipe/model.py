@@ -103,12 +103,33 @@ def layers(checkpoint: Checkpoint) -> Layers:
 
 def check_complete(checkpoint: Checkpoint) -> None:
     """Raise InputError unless a plain folder holds every tensor of its architecture, whole."""
-    shapes = checkpoint.shapes()
-    for name, shape in parameter_shapes(checkpoint).items():
+    wanted, shapes = parameter_shapes(checkpoint), checkpoint.shapes()
+    for name, shape in wanted.items():
         if name not in shapes:
             raise InputError(f"tensor '{name}' is missing from '{checkpoint.path}'")
         if shapes[name] != shape:
             raise InputError(f"tensor '{name}' has shape {shapes[name]}, the config says {shape}")
+        checkpoint.floating(name)
+    decoder = checkpoint.decoder
+    embed, head = f"{decoder.embed}.weight", f"{decoder.head}.weight"
+    if decoder.tied and head in shapes and not _equal(checkpoint, embed, head):
+        raise InputError(
+            f"the config of '{checkpoint.path}' ties '{head}' to '{embed}', but its files hold two "
+            "different tensors; set tie_word_embeddings to false if both are meant"
+        )
+
+
+def check_finite(checkpoint: Checkpoint) -> None:
+    """Raise InputError for a weight that is infinite or no number."""
+    for name in parameter_shapes(checkpoint):
+        tensor = checkpoint.get(name)
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            raise InputError(f"tensor '{name}' of '{checkpoint.path}' holds NaN or infinity")
+
+
+def _equal(checkpoint: Checkpoint, left: str, right: str) -> bool:
+    one, other = checkpoint.get(left), checkpoint.get(right)
+    return one is not None and other is not None and torch.equal(one, other)
 
 
 def parameter_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:

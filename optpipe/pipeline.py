@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from optpipe.artifact import MANIFEST, Artifact, code, fingerprint, publish
+from optpipe.artifact import Artifact, code, fingerprint, publish
 from optpipe.errors import GateError, InputError, StageError, one_line
 from optpipe.family import HEAD
 from optpipe.progress import clock, shown
@@ -43,7 +43,7 @@ class Step:
 
     @property
     def done(self) -> bool:
-        return (self.path / MANIFEST).is_file() and Artifact.load(self.path).intact
+        return Artifact.find(self.path) is not None
 
 
 def check(stages: Mapping[str, Stage], source: Source, store: Path) -> list[Step]:
@@ -121,20 +121,19 @@ def failing_as(name: str) -> Iterator[None]:
     """Whatever breaks inside is a failure of the stage ``name``; the log gets the traceback."""
     try:
         yield
-    except (GateError, InputError):
+    except (GateError, StageError):
         raise
     except Exception as error:  # the boundary: a stage may raise anything
-        raise StageError(
-            f"stage '{name}' failed: {type(error).__name__}: {one_line(error)}"
-        ) from error
+        kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+        raise StageError(f"stage '{name}' failed: {kind}{one_line(error)}") from error
 
 
 def _take(step: Step, parent: Artifact, reference: Artifact) -> Artifact:
     """The artifact of one step, made or found; ``reference`` is the newest torch artifact."""
     lineage = (*parent.lineage, step.name)
-    if step.done:
+    if (found := Artifact.find(step.path)) is not None:
         log.info("%s: reusing %s", step.name, step.path)
-        return replace(Artifact.load(step.path), lineage=lineage)
+        return replace(found, lineage=lineage)
     log.info("%s: %s", step.name, step.stage)
     started_s = time.monotonic()
     with failing_as(step.name), shown(step.name) as progress:

@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig
 
-from optpipe import __version__, model
-from optpipe.artifact import MANIFEST, Artifact, fingerprint, publish
-from optpipe.checkpoint import INDEX, SIDE_FILES, Checkpoint, side_files
+from optpipe import model
+from optpipe.artifact import Artifact, code, fingerprint, publish
+from optpipe.checkpoint import INDEX, SIDE_FILES, SINGLE, Checkpoint, side_files
 from optpipe.config import data_dir, unknown
 from optpipe.errors import InputError, one_line
 from optpipe.family import FAMILIES
@@ -43,9 +43,14 @@ class Source(ABC):
     def key(self) -> str:
         """Hash of every byte that decides what the model computes."""
         checkpoint = self.checkpoint
-        names = {file.name for file in side_files(checkpoint.path)} | {*checkpoint.files.values()}
         log.info("model: reading %s, %.3f GB", checkpoint.path, checkpoint.size_bytes / 1e9)
-        return fingerprint([(name, _sha256(checkpoint.path / name)) for name in sorted(names)])
+        model.check_finite(checkpoint)
+        return fingerprint([(name, _sha256(checkpoint.path / name)) for name in self._names()])
+
+    def _names(self) -> list[str]:
+        """The files that are the model; others may lie in the same folder."""
+        found = side_files(self.checkpoint.path)
+        return sorted({file.name for file in found} | {*self.checkpoint.files.values()})
 
     @property
     def size_bytes(self) -> int:
@@ -58,7 +63,9 @@ class Source(ABC):
 
     def prepare(self, store: Path) -> Artifact:
         """The baseline; whatever has to be made first is made in ``store``."""
-        return Artifact(path=self.folder(store), format="hf", key=self.key)
+        path = self.folder(store)
+        files = {name: (path / name).stat().st_size for name in self._names()}
+        return Artifact(path=path, format="hf", key=self.key, files=files)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,13 +92,17 @@ class HuggingFace(Source):
         return _checked(Checkpoint(folder.resolve() if folder.is_dir() else self._download()))
 
     def _download(self) -> Path:
-        """Fetch config, safetensors and tokenizer; never code, never pickled weights."""
+        """Fetch config, safetensors and tokenizer; never code, never pickled weights.
+
+        Only weights under the names transformers gives them: a repository may hold them a second
+        time, in a format of its authors' own.
+        """
         if self.path.startswith((".", "/", "~")) or self.path.count("/") > 1:
             raise InputError(f"model.path: there is no folder '{self.path}'")
         try:
             config = hf_hub_download(self.path, "config.json", revision=self.revision)
             _ = Checkpoint(Path(config).parent).decoder  # refuse a family before its gigabytes
-            wanted = ["*.safetensors", INDEX, *SIDE_FILES]
+            wanted = [SINGLE, INDEX, "model-*.safetensors", *SIDE_FILES]
             return Path(snapshot_download(self.path, revision=self.revision, allow_patterns=wanted))
         except InputError:
             raise
@@ -139,7 +150,7 @@ class Random(Source):
 
     @cached_property
     def key(self) -> str:
-        return fingerprint(_read_shape(self.config), self.seed, self.dtype, __version__)
+        return fingerprint(_read_shape(self.config), self.seed, self.dtype, code())
 
     @property
     def size_bytes(self) -> int:
@@ -151,9 +162,9 @@ class Random(Source):
 
     def prepare(self, store: Path) -> Artifact:
         path = self.folder(store)
-        if (path / MANIFEST).is_file():
+        if (found := Artifact.find(path)) is not None:
             log.info("model: reusing %s", path)
-            return Artifact.load(path)
+            return found
         return publish(path, self._write)
 
     def _write(self, out: Path) -> Artifact:
@@ -191,9 +202,9 @@ def _checked(checkpoint: Checkpoint) -> Checkpoint:
     """Raise InputError unless this is a whole, uncompressed model of a family known here."""
     if getattr(checkpoint.config, "quantization_config", None):
         raise InputError(f"model '{checkpoint.path}' is quantized already; give the original")
-    _ = checkpoint.dtype
     if checkpoint.forms is not None:
         raise InputError(f"model '{checkpoint.path}' is an artifact of optpipe; give the original")
+    _ = checkpoint.decoder  # the family first: what is not supported need not be whole
     model.check_complete(checkpoint)
     return checkpoint
 

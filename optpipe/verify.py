@@ -37,6 +37,11 @@ fifty by 20 %, while held-out perplexity is the same to 0.1 %. The same engine w
 activations must agree as float32 does at every position, so that this bound hides no wrong graph.
 """
 
+ADVICE = {
+    "int8": "; with float activations it agrees, so the graph is right but this model does not "
+    "stand activations in 8 bits: set build.accuracy_level=1"
+}
+
 PROMPTS = (24, 7)
 DECODE_STEPS = 8
 CHUNK = 5
@@ -66,14 +71,17 @@ def verify(artifact: Artifact, reference: Artifact, planned: Layers | None) -> S
     """
     if artifact.format == "hf":
         return verify_checkpoint(artifact, reference, planned)
+    # it computes what its torch model does, so it has the zeros and the ranks of that one
+    same = reference.stats.get("verified", {})
+    facts = {key: same[key] for key in ("sparsity", "ranks") if key in same}
     if not artifact.stats.get("int8_activations"):
-        return {"parity": asdict(parity(artifact, reference))}
+        return {**facts, "parity": asdict(parity(artifact, reference))}
     beside = artifact.path.parent  # on the same disk
     with tempfile.TemporaryDirectory(dir=beside, prefix=f".twin.{owner()}.") as folder:
         exact_twin(artifact.path, Path(folder))
         exact = parity(replace(artifact, path=Path(folder)), reference)
     rounded = parity(artifact, reference, "int8")
-    return {"parity": asdict(rounded), "parity_float_activations": asdict(exact)}
+    return {**facts, "parity": asdict(rounded), "parity_float_activations": asdict(exact)}
 
 
 def verify_checkpoint(artifact: Artifact, parent: Artifact, planned: Layers | None) -> Stats:
@@ -92,8 +100,11 @@ def verify_checkpoint(artifact: Artifact, parent: Artifact, planned: Layers | No
 
 
 def _layer_facts(checkpoint: Checkpoint, forms: Layers, parent: Checkpoint) -> Stats:
-    """What the files hold, layer by layer, summed up. Raises GateError for a broken promise."""
-    weights = zeros = bits = 0.0
+    """What the files hold, layer by layer, summed up. Raises GateError for a broken promise.
+
+    Bits are those per weight of the model as it was, so that factors count for what they replace.
+    """
+    weights = zeros = bits = original = 0.0
     ranks: dict[str, int] = {}
     before = parent.forms or {}
     for name, form in forms.items():
@@ -112,10 +123,13 @@ def _layer_facts(checkpoint: Checkpoint, forms: Layers, parent: Checkpoint) -> S
         kept = 1.0 if mask is None else float(mask.float().mean())
         weights += weight.numel()
         zeros += float((weight == 0).sum())
-        bits += form.stored_bits(checkpoint.dtype.itemsize * 8, kept)
+        bits += form.stored_bits(checkpoint.layer_dtype(name).itemsize * 8, kept)
+        original += form.rows * form.cols
         if name.endswith(".right"):
-            ranks[name.removesuffix(".right")] = form.rows
-    return {"sparsity": zeros / weights, "bits_per_weight": bits / weights, "ranks": ranks}
+            layer = name.removesuffix(".right")
+            ranks[layer], left = form.rows, forms[f"{layer}.left"]
+            original += left.rows * form.cols - (left.rows + form.cols) * form.rows
+    return {"sparsity": zeros / weights, "bits_per_weight": bits / original, "ranks": ranks}
 
 
 def _check_mask(name: str, weight_RC: Tensor, mask_RC: Tensor, pattern: str) -> None:
@@ -142,7 +156,7 @@ def parity(artifact: Artifact, reference: Artifact, kind: str | None = None) -> 
     if not found.bounded <= TOLERANCES[kind]:  # also false for NaN
         raise GateError(
             f"'{artifact.name}' disagrees with '{reference.name}': relative logit error "
-            f"{found.bounded:.2e} exceeds {TOLERANCES[kind]:.0e} ({kind})"
+            f"{found.bounded:.2e} exceeds {TOLERANCES[kind]:.0e} ({kind}){ADVICE.get(kind, '')}"
         )
     return found
 

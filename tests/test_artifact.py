@@ -3,7 +3,10 @@
 import shutil
 from pathlib import Path
 
+import pytest
+
 from optpipe import artifact
+from optpipe.artifact import Artifact, publish
 
 
 def test_code_is_that_of_the_stages_not_of_the_benchmark(tmp_path, monkeypatch):
@@ -16,3 +19,22 @@ def test_code_is_that_of_the_stages_not_of_the_benchmark(tmp_path, monkeypatch):
     assert artifact.code.__wrapped__() == before
     (copied / "quant/gptq.py").write_text("changed = True\n")
     assert artifact.code.__wrapped__() != before
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": "hf"}', '{"other": 1}'])
+def test_a_damaged_or_foreign_manifest_is_no_artifact_and_is_replaced(tmp_path, content):
+    final = tmp_path / "made"
+    final.mkdir()
+    (final / "left").write_text("over")
+    assert Artifact.find(final) is None
+    (final / artifact.MANIFEST).write_text(content)
+    assert Artifact.find(final) is None
+
+    def make(out):
+        (out / "file").write_text("whole")
+        return Artifact(path=out, format="hf", key="k")
+
+    assert publish(final, make).files == {"file": 5}
+    assert Artifact.find(final).intact and not (final / "left").exists()
+    (final / "file").write_text("who")
+    assert Artifact.find(final) is None

@@ -1,14 +1,19 @@
 """Rewriting a model block by block: what methods are shown, and what lands on disk."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from optpipe import model
 from optpipe.artifact import Artifact
-from optpipe.blockwise import Observation, rewrite, select
-from optpipe.calibrate import Squares
+from optpipe.blockwise import rewrite, select
+from optpipe.calibrate import Observation, Squares
 from optpipe.checkpoint import Checkpoint
 from optpipe.linear import Form, dense
+from optpipe.prune.magnitude import Magnitude
 
 
 def source(folder):
@@ -93,3 +98,19 @@ def test_targets_are_patterns_and_must_match():
     assert select(layers, ["*.q", "a.0.*"], head=True) == {"a.0.q", "a.0.up", "a.1.q", "lm_head"}
     with pytest.raises(ValueError, match=r"'\*.down' matches none of 3 layers, such as a.0.q"):
         select(layers, ["*.q", "*.down"])
+
+
+def test_buffers_of_old_files_are_left_behind_and_every_layer_keeps_its_type(run, tiny, tmp_path):
+    """GPT-2 was published with a causal mask in every block; some models have float32 layers."""
+    folder = Path(shutil.copytree(tiny("gpt2"), tmp_path / "old"))
+    held = load_file(folder / "model.safetensors")
+    held["transformer.h.0.attn.bias"] = torch.ones(1, 1, 128, 128)
+    half = {name: tensor.half() for name, tensor in held.items() if ".mlp." not in name}
+    save_file({**held, **half}, folder / "model.safetensors", metadata={"format": "pt"})
+    made = Checkpoint(run(Magnitude(targets=["*h.0.*"]), folder).path)
+    assert "transformer.h.0.attn.bias" not in made.files
+    types = {
+        name: made.types[name] for name in made.files if ".h.0." in name and "mask" not in name
+    }
+    assert {kind for name, kind in types.items() if ".mlp." in name} == {"F32"}
+    assert {kind for name, kind in types.items() if ".mlp." not in name} == {"F16"}

@@ -106,3 +106,17 @@ def test_a_broken_tokenizer_or_one_of_another_model_is_one_clear_error(folder, t
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(InputError, match="cannot read the tokenizer"):
         calib.ids(Checkpoint(folder))
+
+
+def test_json_lines_may_hold_any_character_and_blank_lines(tmp_path):
+    file = tmp_path / "text.jsonl"
+    file.write_text('{"text": "one\u2028two\x85three"}\n\n{"text": "four"}\n', encoding="utf-8")
+    assert Calib(path=str(file))._text() == "one\u2028two\x85three\n\nfour"
+    file.write_text('{"text": "one"}\n{"tekst": "two"}\n')
+    with pytest.raises(InputError, match=r"text\.jsonl': line 2: KeyError: 'text'"):
+        Calib(path=str(file))._text()
+
+
+def test_more_tokens_than_memory_are_refused():
+    with pytest.raises(ValueError, match="at most 100,000,000 tokens, got 100000000 x 512"):
+        Calib(samples=100_000_000, tokens=512)

@@ -132,6 +132,8 @@ WRONG = {
     "stages=[quant": "cannot parse 'stages=[quant'",
     "store=${nowhere}": "Interpolation key 'nowhere' not found",
     "recipe=[default,baseline]": "recipe takes one name",
+    "quant=[rtn,gptq]": "quant takes one name; for several runs: -m quant=NAME,NAME",
+    "quant._target_=null": "quant._target_:",
     "quant=rtn,gptq": "--multirun",
     "model=hf": "model.path has no value; give one: model.path=...",
     "quant._target_=optpipe.source.Demo": "quant: optpipe.source.Demo is not a Stage",

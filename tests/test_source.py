@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from optpipe import model, source
@@ -226,3 +226,48 @@ def test_a_misspelt_shape_is_suggested():
         _ = Random(config="llama_8c").checkpoint
     with pytest.raises(ValueError, match="dtype must be one of float16"):
         Random(config="llama_8b", dtype="int8")
+
+
+def rewrite(folder: Path, edit) -> None:
+    """Change what model.safetensors holds."""
+    held = load_file(folder / "model.safetensors")
+    edit(held)
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_only_the_files_of_the_model_count(folder):
+    size = HuggingFace(path=str(folder)).prepare(Path("unused")).size_bytes
+    (folder / "pytorch_model.bin").write_bytes(bytes(1_000_000))
+    (folder / "tokenizer").mkdir()
+    assert HuggingFace(path=str(folder)).prepare(Path("unused")).size_bytes == size
+
+
+def test_two_tensors_that_the_config_calls_one_are_refused(folder):
+    """transformers warns and does not tie them: the model would be another one here."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    assert "ties 'lm_head.weight' to 'model.embed_tokens.weight'" in refusal(folder)
+    rewrite(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    _ = HuggingFace(path=str(folder)).checkpoint
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(folder, value):
+    rewrite(folder, lambda t: t["model.layers.1.mlp.up_proj.weight"].view(-1)[7:8].fill_(value))
+    with pytest.raises(InputError, match=r"layers\.1\.mlp\.up_proj.* holds NaN or infinity"):
+        _ = HuggingFace(path=str(folder)).key
+
+
+def test_weights_of_another_type_are_refused_wherever_they_are(folder):
+    name = "model.layers.1.mlp.up_proj.weight"
+    rewrite(folder, lambda t: t.update({name: t[name].int()}))
+    assert f"'{name}' is stored as I32" in refusal(folder)
+
+
+def test_a_damaged_random_model_is_made_again(shape, tmp_path):
+    random = Random(config=shape)
+    path = random.prepare(tmp_path).path
+    whole = {name: tensor.clone() for name, tensor in tensors(path).items()}  # mapped files
+    (path / "model.layers.0.safetensors").write_bytes(b"cut short")
+    again = tensors(Random(config=shape).prepare(tmp_path).path)
+    assert again.keys() == whole.keys() and all(torch.equal(again[k], whole[k]) for k in whole)

@@ -17,7 +17,7 @@ from optpipe.build.lower import Lowering
 from optpipe.checkpoint import Checkpoint, copy_side_files
 from optpipe.errors import InputError, one_line
 from optpipe.export.graph import DATA, MODEL, read
-from optpipe.export.onnx import graph_bits
+from optpipe.export.onnx import graph_bits, rotated_dims
 from optpipe.linear import Layers
 from optpipe.stage import Progress, Stage
 from optpipe.text import has_tokenizer, save_fast
@@ -61,11 +61,12 @@ class Ort(Stage):
 
     def inputs(self, model: Checkpoint) -> str:
         decoder = model.decoder
-        multiple = 16 if decoder.rotary else 8
-        if decoder.head_dim % multiple:
+        rotated = rotated_dims(model)
+        if decoder.head_dim % 8 or rotated % 16:
             raise InputError(
-                f"GroupQueryAttention takes heads of a multiple of {multiple} dimensions, this "
-                f"model has {decoder.head_dim}; end with stages=[...,export]"
+                "GroupQueryAttention takes heads of a multiple of 8 dimensions, of which a multiple"
+                f" of 16 rotate; this model has {decoder.head_dim}, {rotated} rotate; end with "
+                "stages=[...,export]"
             )
         _stop_tokens(model)
         return str(onnxruntime.__version__)
@@ -90,7 +91,10 @@ def exact_twin(engine: Path, out: Path) -> None:
             if attribute.name == "accuracy_level":
                 attribute.i = 1
     (out / MODEL).write_bytes(model.SerializeToString())
-    os.link(engine / DATA, out / DATA)
+    try:
+        os.link(engine / DATA, out / DATA)
+    except OSError:  # a file system without links
+        shutil.copyfile(engine / DATA, out / DATA)
 
 
 def _stop_tokens(checkpoint: Checkpoint) -> list[int]:
@@ -104,4 +108,7 @@ def _stop_tokens(checkpoint: Checkpoint) -> list[int]:
         stop = checkpoint.config.eos_token_id
     if stop is None:
         return []
-    return list(stop) if isinstance(stop, list) else [stop]
+    stops = list(stop) if isinstance(stop, list) else [stop]
+    if not all(type(token) is int for token in stops):
+        raise InputError(f"eos_token_id of '{checkpoint.path}' must be token numbers, got {stop!r}")
+    return stops

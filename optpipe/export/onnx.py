@@ -213,6 +213,11 @@ def _rotary_tables(
     return tables
 
 
+def rotated_dims(checkpoint: Checkpoint) -> int:
+    """How many dimensions of a head rotate; 0 without rotary embeddings."""
+    return max((2 * cos.shape[-1] for cos, _ in _rotary_tables(checkpoint, 1).values()), default=0)
+
+
 def _check_rope(checkpoint: Checkpoint, capacity: int) -> None:
     """Raise InputError for a rotary table that changes with the length of the sequence."""
     if checkpoint.decoder.rotary is None:

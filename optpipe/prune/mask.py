@@ -16,10 +16,11 @@ from optpipe.blockwise import rewrite, select
 from optpipe.calibrate import Observation
 from optpipe.checkpoint import Checkpoint
 from optpipe.family import HEAD
-from optpipe.linear import Form, Layers, dense
+from optpipe.linear import Form, Layers, dense, mask_of
 from optpipe.stage import Progress, Stage
 
 ROW, LAYER = "row", "layer"
+DEFAULT_SPARSITY = 0.5
 
 
 def parse_pattern(pattern: str) -> tuple[int, int] | None:
@@ -68,7 +69,7 @@ def follows(mask_RC: Tensor, pattern: str) -> bool:
 class Prune(Stage):
     """What pruning methods share; each adds its score."""
 
-    sparsity: float = 0.5
+    sparsity: float = DEFAULT_SPARSITY
     """Share of weights to drop, 0 to 1; an N:M pattern fixes it instead."""
     pattern: str = ROW
     """'layer' drops freely, 'row' as many in each row; 'N:M' keeps N of every M inputs."""
@@ -76,9 +77,14 @@ class Prune(Stage):
     """Patterns of layer names, such as '*.mlp.*'."""
 
     def __post_init__(self) -> None:
-        parse_pattern(self.pattern)
         if not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity must be at least 0 and below 1, got {self.sparsity}")
+        n_m = parse_pattern(self.pattern)
+        if n_m and self.sparsity not in (DEFAULT_SPARSITY, fixed := 1 - n_m[0] / n_m[1]):
+            raise ValueError(
+                f"pattern {self.pattern} means a sparsity of {fixed:g}, got {self.sparsity}; leave "
+                "sparsity out"
+            )
 
     def dropped(self, form: Form) -> int:
         """Weights that go from a layer."""
@@ -137,6 +143,14 @@ class Prune(Stage):
         observation = self.observation(checkpoint, chosen)
         rewrite(source, out, self.plan(layers), change, progress, observation)
         gone = sum(self.dropped(layers[name]) for name in chosen)
+        before = (name for name, form in layers.items() if form.pattern)
+        gone += sum(_zeros(name, layers, checkpoint) for name in before)
         stored = [f for n, f in layers.items() if n != HEAD or not checkpoint.head_is_embedding]
         facts = observation.facts if observation else {}
         return {"sparsity": gone / sum(f.rows * f.cols for f in stored), **facts}
+
+
+def _zeros(name: str, layers: Layers, checkpoint: Checkpoint) -> int:
+    """Weights that an earlier stage dropped from a layer."""
+    mask = mask_of(model.layer(name, layers, checkpoint))
+    return 0 if mask is None else int((~mask).sum())

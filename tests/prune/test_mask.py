@@ -37,3 +37,27 @@ def test_bad_patterns_are_refused(pattern):
 def test_bad_sparsity_is_refused(sparsity):
     with pytest.raises(ValueError, match=f"sparsity.*{sparsity}"):
         Magnitude(sparsity=sparsity)
+
+
+def test_a_sparsity_that_contradicts_its_pattern_is_refused():
+    assert Magnitude(pattern="2:4").sparsity == Magnitude(pattern="1:4").sparsity == 0.5
+    Magnitude(pattern="1:4", sparsity=0.75)
+    with pytest.raises(ValueError, match=r"pattern 1:4 means a sparsity of 0\.75, got 0\.9"):
+        Magnitude(pattern="1:4", sparsity=0.9)
+
+
+def test_sparsity_adds_up_over_stages(run, tiny):
+    from optpipe import model
+    from optpipe.checkpoint import Checkpoint
+
+    first = run(Magnitude(targets=["*layers.0.*"]), tiny())
+    both = run(Magnitude(sparsity=0.25, targets=["*layers.1.*"]), first)
+    forms = model.layers(Checkpoint(both.path))
+    masks = [
+        model.layer(n, forms, Checkpoint(both.path)).mask for n, f in forms.items() if f.pattern
+    ]
+    gone, weights = (
+        sum(int((~m).sum()) for m in masks),
+        sum(f.rows * f.cols for f in forms.values()),
+    )
+    assert both.stats["sparsity"] == pytest.approx(gone / weights)
