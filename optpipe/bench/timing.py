@@ -66,6 +66,10 @@ class Timer:
     iterations: int = 1
     """In one turn of an arm."""
     watch: Watch = field(init=False)
+    order: list[str] = field(default_factory=list)
+    """Of the arms in the last block."""
+    ids: dict[int, Ids] = field(default_factory=dict)
+    """The prompts of this block and the last, by number."""
 
     def __post_init__(self) -> None:
         self.watch = Watch(meter=self.session.meter)
@@ -131,11 +135,20 @@ class Timer:
         ]
 
     def block(self, block: int, prompt: int, reason: str | None) -> list[Sample]:
-        """A turn of every arm, in random order; a tainted turn taints the whole block."""
-        arms, samples = self._arms(), []
-        for position, index in enumerate(self.rng.permutation(len(arms))):
+        """A turn of every arm; a tainted turn taints the whole block.
+
+        The order is random, and in the block after it the reverse: what comes of being second falls
+        on all arms alike, exactly, not only on average.
+        """
+        arms = self._arms()
+        turned = block % 2 == 1 and set(self.order) == set(arms)
+        shuffled = [arms[index] for index in self.rng.permutation(len(arms))]
+        self.order = self.order[::-1] if turned else shuffled
+        self.ids = {number: ids for number, ids in self.ids.items() if number >= prompt}
+        samples: list[Sample] = []
+        for position, name in enumerate(self.order):
             time.sleep(SETTLE_S)
-            samples += self._turn(arms[index], (block, position), prompt, reason)
+            samples += self._turn(name, (block, position), prompt, reason)
         if reason is None and any(sample.note for sample in samples):
             samples = [replace(sample, reason="tainted") for sample in samples]
         self.found.samples += samples
@@ -214,10 +227,12 @@ class Timer:
 
     def _prompts(self, number: int) -> Ids:
         """Token ids of this number, the same for all arms; remembers their hash."""
-        seed = self.config.seed + STRIDE * number
-        ids_BS = prompts(self.cell, self.session.vocab, seed)
-        self.found.prompts.setdefault(self.cell, {}).setdefault(number, hash_ids(ids_BS))
-        return ids_BS
+        known = self.found.prompts.setdefault(self.cell, {})
+        if number not in self.ids:
+            seed = self.config.seed + STRIDE * number
+            self.ids[number] = prompts(self.cell, self.session.vocab, seed)
+            known[number] = hash_ids(self.ids[number])
+        return self.ids[number]
 
     def _late(self) -> int:
         """Blocks at the beginning that were still warm-up for some arm: they are marked so."""
