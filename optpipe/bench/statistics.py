@@ -131,7 +131,9 @@ def smallest_effect(spread: float, pairs: int, alpha: float) -> float | None:
 
 
 def median(values: Sequence[float]) -> float:
-    return float(np.median(np.asarray(values, dtype=np.float64)))
+    """Of few values, many times over: sorting them takes a tenth of what NumPy's takes."""
+    ranked, middle = sorted(values), len(values) // 2
+    return float(ranked[middle] if len(ranked) % 2 else (ranked[middle - 1] + ranked[middle]) / 2)
 
 
 def percentile(values: Sequence[float] | Floats, q: float) -> float:
@@ -158,6 +160,7 @@ def percentile_interval(
     return float(ranked[lower - 1]), float(ranked[upper - 1])
 
 
+@lru_cache(maxsize=64)
 def fewest_samples(q: float, level: float = LEVEL, violations: int = 0) -> int:
     """Samples that prove a q-th percentile if at most ``violations`` of them exceed the limit.
 

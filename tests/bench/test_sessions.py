@@ -15,7 +15,7 @@ from optpipe.bench.samples import AGAIN
 
 @pytest.fixture(autouse=True)
 def no_pause(monkeypatch):
-    monkeypatch.setattr(timing, "SETTLE_S", 0.0)
+    monkeypatch.setattr(timing.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(timing, "TURN_S", 0.0)
 
 
