@@ -77,16 +77,12 @@ class Timer:
     def rounds(self, budget_s: float) -> Iterator[float]:
         """Warm up, then run blocks until they suffice or the time is over; yields a share done."""
         end_ns = self.session.clock() + int(budget_s * 1e9)
-        for name, loaded in self.session.loaded.items():
-            if self.cell.tokens > loaded.capacity:
-                self.found.dropped[name, self.cell] = (
-                    f"{self.cell.tokens} tokens do not fit in its KV cache of {loaded.capacity}"
-                )
         yield from self.warm_up()
         yield from self._timed(end_ns)
 
     def warm_up(self) -> Iterator[float]:
         """Whole iterations of every arm until all have settled, or the time for it is over."""
+        self._drop_what_does_not_fit()
         end_ns = self.session.clock() + int(self.config.warmup_s * 1e9)
         taken: dict[str, list[float]] = defaultdict(list)
         number = 0
@@ -103,6 +99,13 @@ class Timer:
         if usual and min(usual) > 0:
             wanted = math.ceil(TURN_S / min(usual))
             self.iterations = min(max(wanted, 1), MOST_ITERATIONS)
+
+    def _drop_what_does_not_fit(self) -> None:
+        for name, loaded in self.session.loaded.items():
+            if self.cell.tokens > loaded.capacity:
+                self.found.dropped[name, self.cell] = (
+                    f"{self.cell.tokens} tokens do not fit in its KV cache of {loaded.capacity}"
+                )
 
     def _timed(self, end_ns: int) -> Iterator[float]:
         """Blocks until a look finds them enough; tainted ones are run again."""
@@ -125,6 +128,8 @@ class Timer:
                 elif self._narrow():
                     return
             yield kept / looks[-1]
+        if kept < looks[-1] and self._arms():
+            self.found.stopped[self.cell] = f"{block - kept} of {block} blocks were disturbed"
 
     def _arms(self) -> list[str]:
         """The arms that are still in this cell."""
