@@ -235,7 +235,7 @@ class Timer:
         """Token ids of this number, the same for all arms; remembers their hash."""
         known = self.found.prompts.setdefault(self.cell, {})
         if number not in self.ids:
-            seed = self.config.seed + STRIDE * number
+            seed = prompt_seed(self.config.seed, number)
             self.ids[number] = prompts(self.cell, self.session.vocab, seed)
             known[number] = hash_ids(self.ids[number])
         return self.ids[number]
@@ -272,6 +272,11 @@ class Timer:
     def _counts(self, sample: Sample) -> bool:
         same = sample.cell == self.cell and sample.session == self.session.number
         return same and sample.reason is None
+
+
+def prompt_seed(seed: int, number: int) -> int:
+    """What `scenario.prompts` takes for the prompts of a number; WARM is the first that counts."""
+    return seed + STRIDE * number
 
 
 def _half_width(before: list[float], after: list[float], level: float) -> float:
