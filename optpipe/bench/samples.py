@@ -1,0 +1,64 @@
+"""What the timed part of a benchmark leaves behind, raw."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from optpipe.bench.clock import metrics
+from optpipe.bench.scenario import Cell
+
+AGAIN = "baseline-again"
+"""A second, identical worker of the baseline: what the two differ by is what a run can resolve."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One iteration of one arm, raw. ``block`` counts within its session, from 0."""
+
+    arm: str
+    cell: Cell
+    session: int
+    block: int
+    position: int
+    """Place of the arm within its block."""
+    reason: str | None
+    """Why it is not part of any result: 'warmup', 'tainted'; None: it is."""
+    submit_ns: int
+    start_ns: int
+    token_ns: tuple[int, ...]
+    cpu_s: float
+    peak_bytes: int | None
+    tokens_hash: str
+    iteration: int = 0
+    """Place of the iteration within the turn of its arm in a block."""
+    prompt: int = 0
+    """Number of the prompts it was given: equal numbers, equal token ids."""
+    rows: int | None = None
+    """Rows that every step answered."""
+    done_ns: int | None = None
+    """When the parent, not the arm, saw the end of it."""
+    device_s: float | None = None
+    """Work of the device between events of its own; None on a CPU."""
+    probe_s: float | None = None
+    """A fixed piece of work timed around it, where arms could not be resident together."""
+    note: str | None = None
+    """What happened to the machine in a tainted turn."""
+
+    @property
+    def metrics(self) -> dict[str, float | None]:
+        return metrics(self.submit_ns, self.start_ns, self.token_ns, self.cell.batch)
+
+
+@dataclass(kw_only=True)
+class Measured:
+    """Everything the timed part of a benchmark leaves behind."""
+
+    samples: list[Sample] = field(default_factory=list)
+    dropped: dict[tuple[str, Cell], str] = field(default_factory=dict)
+    """(arm, cell) -> why it has no numbers."""
+    dead: dict[str, str] = field(default_factory=dict)
+    """Arms that had to be ended or broke, and why."""
+    stopped: dict[Cell, str] = field(default_factory=dict)
+    """Cells that ended before they had enough blocks, and why."""
+    prompts: dict[Cell, dict[int, str]] = field(default_factory=dict)
+    """Number of the prompts -> hash of their token ids, of each cell."""
