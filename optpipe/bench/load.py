@@ -1,0 +1,90 @@
+"""What is sent to a server: the requests of every block, and the rate that it can bear."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from optpipe.bench import arrivals
+from optpipe.bench.scenario import Cell, Serving, Texts, prompts
+from optpipe.bench.serve import Ask, Serve
+
+SEARCH_STEPS = 6
+CLOSE = 1.1
+"""The search for a rate ends when it is known within this factor."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """Makes the commands of a server cell: the same for all arms, other prompts in every block."""
+
+    cell: Cell
+    serving: Serving
+    vocab: int
+    seed: int
+    limit_s: float
+    texts: Texts | None = None
+
+    def command(self, block: int, rate_per_s: float | None) -> Serve:
+        """The requests of one block; only a trace and a closed loop need no rate."""
+        serving = self.serving
+        asks = self._trace(block) if serving.arrivals == "trace" else self._asks(block, rate_per_s)
+        return Serve(
+            asks=tuple(asks),
+            max_batch=self.cell.batch,
+            limit_s=self.limit_s,
+            clients=serving.clients if serving.arrivals == "closed" else None,
+        )
+
+    def _asks(self, block: int, rate_per_s: float | None) -> list[Ask]:
+        serving, cell, count = self.serving, self.cell, self.serving.requests
+        rng = np.random.default_rng([self.seed, block + 1_000_000])
+        at_s = np.zeros(count)
+        if serving.arrivals != "closed":
+            assert rate_per_s is not None
+            shape = serving.shape if serving.arrivals == "burst" else 1.0
+            at_s = arrivals.times_s(rate_per_s, shape, count, rng)
+        given = arrivals.lengths(cell.prompt_tokens, serving.sigma, count, rng)
+        wanted = arrivals.lengths(cell.new_tokens, serving.sigma, count, rng)
+        rows = prompts(cell._replace(batch=count), self.vocab, self.seed, block, self.texts)
+        every = zip(at_s, rows, given, wanted, strict=True)
+        return [Ask(int(at * 1e9), row[:size], int(new)) for at, row, size, new in every]
+
+    def _trace(self, block: int) -> list[Ask]:
+        serving, seed = self.serving, [self.seed, block + 1_000_000]
+        rows = arrivals.read_trace(serving.trace_file, serving.scale)[: serving.requests]
+        return [
+            Ask(
+                int((row.time_s - rows[0].time_s) * 1e9),
+                arrivals.prompt_ids(row, serving.scale, self.vocab, seed),
+                row.new_tokens,
+            )
+            for row in rows
+        ]
+
+
+def highest_rate(
+    share: Callable[[float], float], start_per_s: float, wanted: float, steps: int = SEARCH_STEPS
+) -> float | None:
+    """The highest rate with a good share of at least ``wanted``, by bisection of its logarithm.
+
+    ``share`` serves requests at a rate and tells how many were good. ``start_per_s`` is a guess: it
+    is halved while it is too high and doubled while it is not; then the gap found is bisected.
+    At most ``steps`` rates are tried. The answer is one that was tried and was good enough; None:
+    not even the lowest was.
+    """
+    low, high, rate = None, None, start_per_s
+    for _ in range(steps):
+        if share(rate) >= wanted:
+            low = rate
+        else:
+            high = rate
+        if low is None or high is None:
+            rate = rate * 2 if high is None else rate / 2
+        elif high / low < CLOSE:
+            break
+        else:
+            rate = (low * high) ** 0.5
+    return low
