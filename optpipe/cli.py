@@ -94,7 +94,7 @@ def _work(cfg: DictConfig, out: Path) -> None:
     from optpipe.bench import quality
     from optpipe.bench import run as bench
     from optpipe.bench.measure import BenchConfig
-    from optpipe.bench.scenario import Scenario
+    from optpipe.bench.scenario import Scenario, read_texts
     from optpipe.bench.scenario import check as check_scenarios
     from optpipe.source import Source
 
@@ -113,6 +113,7 @@ def _work(cfg: DictConfig, out: Path) -> None:
         decoder = source.checkpoint.decoder
         check_scenarios(scenarios, decoder.context)
         folder = source.checkpoint.path
+        read_texts(scenarios, folder)
         quality.windows(folder, policy.quality, decoder.context, decoder.vocab, policy.seed)
         pipeline.check_writable(store, "store")
         pipeline.check_space(steps, source, store)

@@ -9,11 +9,14 @@ import numpy as np
 
 from optpipe.bench import arrivals
 from optpipe.bench.scenario import Cell, Serving, Texts, prompts
-from optpipe.bench.serve import Ask, Serve
+from optpipe.bench.serve import Ask, Serve, Served
 
 SEARCH_STEPS = 6
 CLOSE = 1.1
 """The search for a rate ends when it is known within this factor."""
+ALONE = 4
+PROBES = -1_000
+"""Blocks of the search are numbered from here: no timed block has their prompts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +38,24 @@ class Load:
             asks=tuple(asks),
             max_batch=self.cell.batch,
             limit_s=self.limit_s,
+            objective=serving.objective,
             clients=serving.clients if serving.arrivals == "closed" else None,
         )
+
+    def alone(self) -> Serve:
+        """A few of the longest requests, one after the other."""
+        rows = prompts(self.cell._replace(batch=ALONE), self.vocab, self.seed, PROBES, self.texts)
+        return Serve(
+            asks=tuple(Ask(0, row, self.cell.new_tokens) for row in rows),
+            max_batch=1,
+            limit_s=self.limit_s,
+            objective=self.serving.objective,
+            clients=1,
+        )
+
+    @property
+    def needs_rate(self) -> bool:
+        return self.serving.arrivals in ("poisson", "burst")
 
     def _asks(self, block: int, rate_per_s: float | None) -> list[Ask]:
         serving, cell, count = self.serving, self.cell, self.serving.requests
@@ -63,6 +82,30 @@ class Load:
             )
             for row in rows
         ]
+
+
+def search(load: Load, run: Callable[[Serve], Served]) -> float | None:
+    """The highest rate at which ``run`` keeps the objective and up with the requests.
+
+    The second matters where a block is too short for a growing queue to break the first: from the
+    first arrival to the last answer it may take a tenth longer than the arrivals, and the time of
+    one request alone. None: it does not even at the lowest rate tried.
+    """
+    alone_s = run(load.alone()).metrics["e2e_s"]
+    if alone_s is None:
+        return None
+    number = PROBES
+
+    def share(rate_per_s: float) -> float:
+        nonlocal number
+        number += 1
+        found = run(load.command(number, rate_per_s))
+        sched_ns = [one.sched_ns for one in found.requests]
+        taken_ns = max(one.end_ns for one in found.requests) - min(sched_ns)
+        kept_up = taken_ns <= 1.1 * (max(sched_ns) - min(sched_ns)) + alone_s * 1e9
+        return (found.metrics["good_share"] or 0.0) if kept_up else 0.0
+
+    return highest_rate(share, 1 / alone_s, load.serving.objective.share)
 
 
 def highest_rate(

@@ -14,9 +14,11 @@ import numpy as np
 
 from optpipe.bench.backend import Ids
 from optpipe.bench.clock import metrics
+from optpipe.bench.load import Load, search
 from optpipe.bench.machine import usable_cores
 from optpipe.bench.quality import QualityConfig
-from optpipe.bench.scenario import Cell, hash_ids, prompts
+from optpipe.bench.scenario import Cell, Scenario, Texts, hash_ids, prompts
+from optpipe.bench.serve import Serve, Served
 from optpipe.bench.worker import Iterate, Iteration, Loaded, Worker
 from optpipe.errors import InputError
 from optpipe.stage import Progress
@@ -83,9 +85,13 @@ class Sample:
     cpu_s: float
     peak_bytes: int | None
     tokens_hash: str
+    served: Served | None = None
+    """The requests, where the cell has a server."""
 
     @property
     def metrics(self) -> dict[str, float | None]:
+        if self.served is not None:
+            return self.served.metrics
         return metrics(self.submit_ns, self.start_ns, self.token_ns, self.cell.batch)
 
 
@@ -96,6 +102,8 @@ class Measured:
     samples: list[Sample] = field(default_factory=list)
     dropped: dict[tuple[str, Cell], str] = field(default_factory=dict)
     """(arm, cell) -> why it has no numbers."""
+    rates: dict[Cell, float | None] = field(default_factory=dict)
+    """Requests a second of cells that have a server; None: they have no rate of their own."""
     dead: dict[str, str] = field(default_factory=dict)
     """Arms that had to be ended, and why."""
     stopped: dict[Cell, str] = field(default_factory=dict)
@@ -112,6 +120,8 @@ class Session:
     workers: Mapping[str, Worker]
     loaded: Mapping[str, Loaded]
     budget_s: float
+    scenarios: Mapping[str, Scenario] = field(default_factory=dict)
+    texts: Mapping[str, Texts] = field(default_factory=dict)
 
     @property
     def vocab(self) -> int:
@@ -152,9 +162,11 @@ class _Timer:
     def rounds(self, budget_s: float) -> Iterator[int]:
         """Warm up, then run blocks until there are enough or the time is over; yields a count."""
         end = time.perf_counter() + budget_s
-        ids_BS = prompts(self.cell, self.session.vocab, self.config.seed)
+        texts = self.session.texts.get(self.cell.scenario)
+        ids_BS = prompts(self.cell, self.session.vocab, self.config.seed, 0, texts)
         self.found.prompts[self.cell] = hash_ids(ids_BS)
         self._drop_what_does_not_fit()
+        self._find_rate()
         for number in range(self.config.warmup):
             self._block(ids_BS, number - self.config.warmup, "warmup")
             yield number + 1
@@ -169,6 +181,39 @@ class _Timer:
                 return
             self._block(ids_BS, block, None)
             yield self.config.warmup + block + 1
+
+    def _load(self) -> Load | None:
+        """What is sent, where the cell has a server."""
+        scenario = self.session.scenarios.get(self.cell.scenario)
+        if scenario is None or scenario.serving is None:
+            return None
+        return Load(
+            cell=self.cell,
+            serving=scenario.serving,
+            vocab=self.session.vocab,
+            seed=self.config.seed,
+            limit_s=self.config.iteration_limit_s,
+            texts=self.session.texts.get(self.cell.scenario),
+        )
+
+    def _find_rate(self) -> None:
+        """Given, or the highest that the first arm, the baseline, can bear; once for all arms."""
+        load, arms = self._load(), self._arms()
+        if load is None or not arms or self.cell in self.found.rates:
+            return
+        rate, worker = load.serving.rate_per_s, self.session.workers[arms[0]]
+        if load.needs_rate and rate is None:
+            rate = search(load, lambda c: worker.ask(c, str(self.cell), PATIENCE * c.longest_s))
+            if rate is None:
+                why = f"'{arms[0]}' keeps the objective at no rate that was tried"
+                self.found.dropped |= {(name, self.cell): why for name in arms}
+        self.found.rates[self.cell] = rate if load.needs_rate else None
+
+    def _command(self, ids_BS: Ids, block: int, limit_ns: int | None) -> Iterate | Serve:
+        load = self._load()
+        if load is None:
+            return Iterate(ids_BS=ids_BS, new_tokens=self.cell.new_tokens, limit_ns=limit_ns)
+        return load.command(block, self.found.rates[self.cell])
 
     def _arms(self) -> list[str]:
         """The arms that are still in this cell."""
@@ -201,10 +246,12 @@ class _Timer:
         limit_s = self.config.iteration_limit_s
         limit_ns = int(limit_s * 1e9) if reason else None
         worker, doing = self.session.workers[name], str(self.cell)
-        command = Iterate(ids_BS=ids_BS, new_tokens=self.cell.new_tokens, limit_ns=limit_ns)
+        command = self._command(ids_BS, place[0], limit_ns)
+        if isinstance(command, Serve):
+            limit_s += command.longest_s
         submit_ns = worker.submit(command, doing)
         try:
-            answer: Iteration = worker.result(doing, timeout_s=PATIENCE * limit_s)
+            answer: Iteration | Served = worker.result(doing, timeout_s=PATIENCE * limit_s)
         except TimeoutError as error:
             worker.kill()
             self.found.dead[name] = f"its process was ended in '{doing}': {error}"
@@ -219,7 +266,12 @@ class _Timer:
         return self._sample(name, place, reason, submit_ns, answer)
 
     def _sample(
-        self, name: str, place: tuple[int, int], reason: str | None, submit_ns: int, got: Iteration
+        self,
+        name: str,
+        place: tuple[int, int],
+        reason: str | None,
+        submit_ns: int,
+        got: Iteration | Served,
     ) -> Sample:
         return Sample(
             arm=name,
@@ -234,4 +286,5 @@ class _Timer:
             cpu_s=got.cpu_s,
             peak_bytes=got.peak_bytes,
             tokens_hash=hash_ids(got.trace.tokens_NB),
+            served=got if isinstance(got, Served) else None,
         )

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from optpipe.bench import quality, tables
+from optpipe.bench import quality, request, tables
 from optpipe.bench.clock import LATENCIES, METRICS, ONE_TOKEN
 from optpipe.bench.measure import Sample
 from optpipe.bench.outcome import Outcome
@@ -99,6 +99,11 @@ def _cell(arm: Arm, cell: Cell, outcome: Outcome) -> Entry:
     """One arm in one cell: medians over blocks, and ratios to the baseline over paired blocks."""
     own, why = _timed(arm.name, cell, outcome)
     values, reasons = _values(own, why)
+    if own and own[0].served is not None:
+        values, reasons = _served(own, values, reasons)
+        values["rate_per_s"] = outcome.measured.rates[cell]
+        if values["rate_per_s"] is None:
+            reasons["rate_per_s"] = "arrivals have no rate of their own"
     if not own:
         reasons["cpu_s"] = why
     elif cell in outcome.measured.stopped:
@@ -142,6 +147,20 @@ def _values(own: Sequence[Sample], why: str) -> tuple[Entry, dict[str, str]]:
     return values, reasons
 
 
+def _served(
+    own: Sequence[Sample], values: Entry, reasons: Mapping[str, str]
+) -> tuple[Entry, dict[str, str]]:
+    """What a server's cell holds beside, medians over the blocks like the rest."""
+    blocks = [sample.metrics for sample in own]
+    there = {n: [v for b in blocks if (v := b[n]) is not None] for n in blocks[0]}
+    found = {name: median(some) if some else None for name, some in there.items()}
+    why = request.reasons(found)
+    served = [sample.served for sample in own if sample.served is not None]
+    slo = asdict(served[0].objective)
+    invalid = sorted({line for one in served for line in one.invalid})
+    return {**values, **found, "slo": slo, "invalid": invalid}, {**reasons, **why}
+
+
 def _speedups(arm: Arm, cell: Cell, outcome: Outcome) -> dict[str, Entry]:
     """How many times better than the baseline in each field, always above 1 if better."""
     base = outcome.arms[0]
@@ -153,7 +172,7 @@ def _speedups(arm: Arm, cell: Cell, outcome: Outcome) -> dict[str, Entry]:
     smaller = base.artifact.size_bytes / arm.artifact.size_bytes
     return {
         **found,
-        "queue_s": _nothing(HAND_OVER),
+        **({} if pairs and pairs[0][0].served else {"queue_s": _nothing(HAND_OVER)}),
         "bytes": _single(smaller, ITSELF if arm is base else ONE_NUMBER),
     }
 

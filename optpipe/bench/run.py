@@ -14,7 +14,7 @@ from optpipe.artifact import Artifact
 from optpipe.bench import machine, quality, report, tables
 from optpipe.bench.measure import BenchConfig, Session, measure
 from optpipe.bench.outcome import Outcome
-from optpipe.bench.scenario import Cell, Scenario, cells
+from optpipe.bench.scenario import Scenario, cells, read_texts
 from optpipe.bench.worker import Arm, Loaded, Worker
 from optpipe.errors import GateError
 from optpipe.progress import shown
@@ -41,7 +41,7 @@ def run(
     """
     started, start_s, host = datetime.now(UTC), time.perf_counter(), machine.describe()
     with shown("bench") as progress:
-        outcome = measure_arms(arms(artifacts, bench), bench, cells(scenarios), progress)
+        outcome = measure_arms(arms(artifacts, bench), bench, scenarios, progress)
     facts = {
         **context,
         "started": started.isoformat(timespec="seconds"),
@@ -71,12 +71,13 @@ def arms(artifacts: Sequence[Artifact], bench: BenchConfig) -> list[Arm]:
 
 
 def measure_arms(
-    given: Sequence[Arm], bench: BenchConfig, wanted: Sequence[Cell], progress: Progress
+    given: Sequence[Arm], bench: BenchConfig, scenarios: Mapping[str, Scenario], progress: Progress
 ) -> Outcome:
     """Every arm in every cell; the first arm is the baseline."""
+    wanted, texts = cells(scenarios), read_texts(scenarios, given[0].artifact.path)
     sizes = {arm.name: PROCESS_BYTES + arm.memory_bytes() for arm in given}
     groups, left_out = plan(sizes, int(machine.available_bytes() * SHARE_OF_MEMORY))
-    outcome = Outcome(arms=list(given), cells=list(wanted), sessions=groups, left_out=left_out)
+    outcome = Outcome(arms=list(given), cells=wanted, sessions=groups, left_out=left_out)
     for number, names in enumerate(groups):
         with _resident([arm for arm in given if arm.name in names], progress) as (workers, loaded):
             outcome.loaded |= loaded
@@ -85,6 +86,8 @@ def measure_arms(
                 workers=workers,
                 loaded=loaded,
                 budget_s=bench.budget_s / len(groups),
+                scenarios=scenarios,
+                texts=texts,
             )
             measure(session, wanted, bench, outcome.measured, progress)
             _judge(outcome, workers, bench, progress)

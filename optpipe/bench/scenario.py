@@ -189,11 +189,11 @@ def prompts(cell: Cell, vocab: int, seed: int, block: int = 0, texts: Texts | No
     return rng.integers(0, vocab, (cell.batch, cell.prompt_tokens), dtype=np.int64)
 
 
-def read_texts(scenarios: Mapping[str, Scenario], folder: Path, vocab: int) -> dict[str, Texts]:
+def read_texts(scenarios: Mapping[str, Scenario], folder: Path) -> dict[str, Texts]:
     """The prompts of every scenario that names a file, in the tokens of the model in ``folder``.
 
     Raises InputError for a file that cannot be read, a line that holds no prompt (with its
-    number), fewer tokens than the longest prompt, or a tokenizer that does not fit the model.
+    number), a model without tokenizer, or fewer tokens than the longest prompt.
     """
     from optpipe.text import tokenize  # imports transformers
 
@@ -204,10 +204,10 @@ def read_texts(scenarios: Mapping[str, Scenario], folder: Path, vocab: int) -> d
         parts = [tokenize(folder, text) for text in _texts(Path(scenario.prompts))]
         ids = np.array([token for part in parts for token in part], dtype=np.int64)
         longest = max(scenario.prompt_tokens)
-        if len(ids) < longest or ids.max() >= vocab:
+        if len(ids) < longest:
             raise InputError(
-                f"scenario.{name}.prompts='{scenario.prompts}': {len(ids)} tokens with ids up to "
-                f"{ids.max(initial=0)}; {longest} with ids below {vocab} are needed"
+                f"scenario.{name}.prompts='{scenario.prompts}' has {len(ids)} tokens, fewer than "
+                f"the {longest} of the longest prompt"
             )
         starts = np.cumsum([0, *(len(part) for part in parts[:-1] if part)])
         found[name] = Texts(ids=ids, starts=starts)

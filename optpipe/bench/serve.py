@@ -17,10 +17,11 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from optpipe.bench import request
 from optpipe.bench.backend import Backend, Ids
-from optpipe.bench.clock import Clock
-from optpipe.bench.request import Request
-from optpipe.bench.scenario import hash_ids
+from optpipe.bench.clock import Clock, Trace
+from optpipe.bench.request import Request, Values
+from optpipe.bench.scenario import Objective
 
 LEAD_NS = 5_000_000
 """From the command to time 0 of the arrivals."""
@@ -184,15 +185,35 @@ def _request(
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """The answer to :class:`Serve`."""
+    """The answer to :class:`Serve`; has all that the answer to ``Iterate`` has."""
 
     requests: tuple[Request, ...]
     events: tuple[tuple[int, int], ...]
+    """(stamp, +1 or -1) as requests came and left; see :func:`request.little`."""
+    tokens: tuple[int, ...]
+    objective: Objective
     cpu_s: float
     """CPU time of all threads of the worker."""
     peak_bytes: int | None
     """None where the system does not keep a peak that can be reset."""
-    tokens_hash: str
+
+    @property
+    def trace(self) -> Trace:
+        """The block as one iteration; a row a token, not a step."""
+        return Trace(
+            start_ns=min((r.start_ns for r in self.requests if r.start_ns), default=0),
+            token_ns=tuple(sorted(at for r in self.requests for at, _ in r.chunks)),
+            tokens_NB=np.array(self.tokens, dtype=np.int64)[:, None],
+        )
+
+    @property
+    def metrics(self) -> Values:
+        return request.metrics(self.requests, self.objective)
+
+    @property
+    def invalid(self) -> list[str]:
+        """Why its numbers mean nothing, if so."""
+        return request.invalid(self.requests, self.events)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,12 +224,13 @@ class Serve:
     max_batch: int
     limit_s: float
     """After the last arrival; what is not answered then has failed."""
+    objective: Objective
     clients: int | None = None
     """Of a closed loop; None: an open one."""
 
     @property
     def longest_s(self) -> float:
-        """Longest time to the answer, but for the batch that runs at the limit."""
+        """Longest time to the answer, but for a prefill that runs at the limit."""
         return self.asks[-1].at_ns / 1e9 + self.limit_s
 
     def __call__(self, backend: Backend) -> Served:
@@ -228,7 +250,8 @@ class Serve:
         return Served(
             requests=tuple(found.requests),
             events=tuple(found.events),
+            tokens=tuple(found.tokens),
+            objective=self.objective,
             cpu_s=(time.process_time_ns() - cpu_ns) / 1e9,
             peak_bytes=backend.peak_bytes() if has_peak else None,
-            tokens_hash=hash_ids(found.tokens),
         )
