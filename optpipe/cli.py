@@ -9,6 +9,7 @@ from argparse import ArgumentError
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hydra
 import yaml
@@ -21,6 +22,9 @@ from omegaconf.errors import OmegaConfBaseException
 from optpipe import config
 from optpipe.artifact import sweep
 from optpipe.errors import GateError, InputError, StageError, one_line
+
+if TYPE_CHECKING:
+    from optpipe.evaluate import EvalConfig
 
 log = logging.getLogger(__name__)
 USAGE = """\
@@ -108,6 +112,7 @@ def _work(cfg: DictConfig, out: Path) -> None:
         source: Source = config.build(cfg.model, Source, "model")
         policy: BenchConfig = config.typed(cfg.bench, BenchConfig, "bench")
         scenarios = config.build_scenarios(cfg, Scenario)
+        tasks = _tasks(cfg)
         OmegaConf.save(cfg, out / "config.yaml", resolve=True)
         steps = pipeline.check(stages, source, store)
         decoder = source.checkpoint.decoder
@@ -124,7 +129,18 @@ def _work(cfg: DictConfig, out: Path) -> None:
         baseline = source.prepare(store)
     artifacts = list(pipeline.run(steps, baseline))
     with pipeline.failing_as("bench"):
-        bench.run(artifacts, policy, scenarios, out, _context(cfg))
+        bench.run(artifacts, policy, scenarios, out, _context(cfg), tasks)
+
+
+def _tasks(cfg: DictConfig) -> EvalConfig | None:
+    """What to evaluate, if anything; raises InputError unless it is there."""
+    if "eval" not in cfg:
+        return None
+    from optpipe.evaluate import EvalConfig, task_manager
+
+    found: EvalConfig = config.typed(cfg.eval, EvalConfig, "eval")
+    task_manager(found)
+    return found
 
 
 @contextmanager

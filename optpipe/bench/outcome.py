@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from optpipe.bench.measure import Measured
 from optpipe.bench.quality import Judged, Windows
@@ -24,6 +25,8 @@ class Outcome:
     measured: Measured = field(default_factory=Measured)
     windows: Windows | None = None
     judged: Judged = field(default_factory=Judged)
+    evaluated: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Arm -> task -> what lm-evaluation-harness found; empty if no tasks were asked for."""
 
     @property
     def baseline(self) -> str:

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from optpipe import evaluate
 from optpipe.bench import quality, request, tables
 from optpipe.bench.clock import LATENCIES, METRICS, ONE_TOKEN
 from optpipe.bench.measure import Sample
@@ -80,8 +81,21 @@ def _artifact(arm: Arm, outcome: Outcome) -> Entry:
         **told,
         "stats": artifact.stats,
         "quality": _quality(arm.name, outcome),
+        **({"evaluation": _evaluation(arm.name, outcome)} if outcome.evaluated else {}),
         "cells": [_cell(arm, cell, outcome) for cell in outcome.cells],
         "reasons": {key: why for key, value in told.items() if value is None},
+    }
+
+
+def _evaluation(name: str, outcome: Outcome) -> Entry:
+    """What the user's tasks say of an arm, and of each document against the baseline."""
+    base, own = outcome.evaluated.get(outcome.baseline), outcome.evaluated.get(name)
+    why = outcome.absent(name) if own is None else outcome.absent(outcome.baseline)
+    missing = [key for key, there in (("tasks", own), ("changes", own and base)) if not there]
+    return {
+        "tasks": own,
+        "changes": evaluate.compare(base, own) if base and own else None,
+        "reasons": dict.fromkeys(missing, why),
     }
 
 

@@ -17,6 +17,7 @@ from optpipe.bench.outcome import Outcome
 from optpipe.bench.scenario import Scenario, cells, read_texts
 from optpipe.bench.worker import Arm, Loaded, Worker
 from optpipe.errors import GateError
+from optpipe.evaluate import EvalConfig, Evaluate
 from optpipe.progress import shown
 from optpipe.stage import Progress
 
@@ -33,6 +34,7 @@ def run(
     scenarios: Mapping[str, Scenario],
     out: Path,
     context: Mapping[str, Any],
+    tasks: EvalConfig | None = None,
 ) -> dict[str, Any]:
     """Measure the artifacts of a run, the baseline first; writes report.json, .md and the samples.
 
@@ -41,7 +43,7 @@ def run(
     """
     started, start_s, host = datetime.now(UTC), time.perf_counter(), machine.describe()
     with shown("bench") as progress:
-        outcome = measure_arms(arms(artifacts, bench), bench, scenarios, progress)
+        outcome = measure_arms(arms(artifacts, bench), bench, scenarios, progress, tasks)
     facts = {
         **context,
         "started": started.isoformat(timespec="seconds"),
@@ -71,7 +73,11 @@ def arms(artifacts: Sequence[Artifact], bench: BenchConfig) -> list[Arm]:
 
 
 def measure_arms(
-    given: Sequence[Arm], bench: BenchConfig, scenarios: Mapping[str, Scenario], progress: Progress
+    given: Sequence[Arm],
+    bench: BenchConfig,
+    scenarios: Mapping[str, Scenario],
+    progress: Progress,
+    tasks: EvalConfig | None = None,
 ) -> Outcome:
     """Every arm in every cell; the first arm is the baseline."""
     wanted, texts = cells(scenarios), read_texts(scenarios, given[0].artifact.path)
@@ -91,6 +97,8 @@ def measure_arms(
             )
             measure(session, wanted, bench, outcome.measured, progress)
             _judge(outcome, workers, bench, progress)
+            if tasks is not None:
+                _evaluate(outcome, workers, tasks, progress)
     return outcome
 
 
@@ -158,6 +166,17 @@ def _judge(
     baseline = outcome.baseline if outcome.baseline in fitting else None
     judged = quality.judge(fitting, baseline, outcome.windows, budget_s, progress)
     outcome.add(judged)
+
+
+def _evaluate(
+    outcome: Outcome, workers: Mapping[str, Worker], tasks: EvalConfig, progress: Progress
+) -> None:
+    """The user's tasks, on every arm that is there; the baseline only in its first session."""
+    command = Evaluate(config=tasks, tokenizer=outcome.arms[0].artifact.path.resolve())
+    for index, (name, worker) in enumerate(workers.items()):
+        progress(f"evaluating {name}", index, len(workers))
+        if outcome.absent(name) is None and name not in outcome.evaluated:
+            outcome.evaluated[name] = worker.ask(command, "evaluation")
 
 
 def _gate(found: Mapping[str, Any], limit: float | None) -> None:
