@@ -2,7 +2,7 @@
 
 Follows its own causal model: contexts are encoded as the tokenizer does by default, an empty one
 becomes the begin-of-text token (or else end-of-text), and texts longer than the context are scored
-in windows that do not overlap.
+in its windows, of which the last has all the context that fits.
 """
 
 from __future__ import annotations
