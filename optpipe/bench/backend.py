@@ -81,6 +81,10 @@ class Backend(ABC):
         """Most memory since ``reset_peak``: the process on a CPU, the device on a GPU."""
         return machine.peak_bytes()
 
+    def device_s(self) -> float | None:
+        """What the device worked since the last call, by events of its own; None on a CPU."""
+        return None
+
     def __enter__(self) -> Self:
         return self
 

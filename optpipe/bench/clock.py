@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import le
 
 import numpy as np
 
@@ -23,6 +24,7 @@ Clock = Callable[[], int]
 LATENCIES = ("ttft_s", "queue_s", "prefill_s", "tpot_s", "e2e_s")
 """Metrics of which less is better."""
 METRICS = (*LATENCIES, "tokens_per_s")
+NO_STAMPS = "its time stamps are missing or run backwards"
 ONE_TOKEN = "one output token: there is no gap between tokens to time"
 
 
@@ -58,9 +60,14 @@ def generate(
 def metrics(
     submit_ns: int, start_ns: int, token_ns: tuple[int, ...], batch: int
 ) -> dict[str, float | None]:
-    """The latencies of one iteration in seconds and its throughput in output tokens a second."""
+    """The latencies of one iteration in seconds and its throughput in output tokens a second.
+
+    All None where there is no token, or a stamp is before the one ahead of it: such stamps are no
+    measurement (and `checks` makes the arm INVALID).
+    """
+    if not in_order(submit_ns, start_ns, token_ns):
+        return dict.fromkeys(METRICS)
     first, last, count = token_ns[0], token_ns[-1], len(token_ns)
-    assert submit_ns <= start_ns <= first <= last, (submit_ns, start_ns, token_ns)
     return {
         "ttft_s": (first - submit_ns) / 1e9,
         "queue_s": (start_ns - submit_ns) / 1e9,
@@ -69,3 +76,9 @@ def metrics(
         "e2e_s": (last - submit_ns) / 1e9,
         "tokens_per_s": batch * count / ((last - submit_ns) / 1e9),
     }
+
+
+def in_order(submit_ns: int, start_ns: int, token_ns: tuple[int, ...]) -> bool:
+    """Whether there is a token, and time went forwards up to the last one."""
+    stamps = (submit_ns, start_ns, *token_ns)
+    return bool(token_ns) and stamps[-1] > submit_ns and all(map(le, stamps, stamps[1:]))

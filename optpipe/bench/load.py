@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
-from optpipe.bench import arrivals
+from optpipe.bench import arrivals, request
+from optpipe.bench.policy import BenchConfig
+from optpipe.bench.samples import Measured, Sample
 from optpipe.bench.scenario import Cell, Serving, Texts, prompts
 from optpipe.bench.serve import Ask, Serve, Served
+from optpipe.bench.statistics import median
 
 SEARCH_STEPS = 6
 CLOSE = 1.1
 """The search for a rate ends when it is known within this factor."""
 ALONE = 4
+NO_RATE = "requests come as the trace or the clients have it"
+SERVED = ("goodput_per_s", "good_share", "ttft_sched_s", "itl_s", "itl_max_s", "total_tokens_per_s",
+          "requests_per_s", "steady_tokens_per_s", "dispatch_lag_s", "failed")  # fmt: skip
+"""Medians over the blocks of what only a server has."""
 PROBES = -1_000
 """Blocks of the search are numbered from here: no timed block has their prompts."""
 
@@ -57,6 +65,20 @@ class Load:
     def needs_rate(self) -> bool:
         return self.serving.arrivals in ("poisson", "burst")
 
+    def rate(self, ask: Callable[[Serve], tuple[int, Any, int] | None]) -> float | None:
+        """Requests a second: given, found by asking, or None where it takes none or none will do.
+
+        ``ask`` answers with what a worker served, between two stamps; None: the worker is gone.
+        """
+        if not self.needs_rate or self.serving.rate_per_s is not None:
+            return self.serving.rate_per_s if self.needs_rate else None
+
+        def run(command: Serve) -> Served | None:
+            answer = ask(command)
+            return None if answer is None else answer[1]
+
+        return search(self, run)
+
     def _asks(self, block: int, rate_per_s: float | None) -> list[Ask]:
         serving, cell, count = self.serving, self.cell, self.serving.requests
         rng = np.random.default_rng([self.seed, block + 1_000_000])
@@ -84,14 +106,49 @@ class Load:
         ]
 
 
-def search(load: Load, run: Callable[[Serve], Served]) -> float | None:
+def load_of(cell: Cell, found: Measured, vocab: int, config: BenchConfig) -> Load | None:
+    """What is sent in a cell, if its scenario has a server."""
+    scenario = found.scenarios.get(cell.scenario)
+    if scenario is None or scenario.serving is None:
+        return None
+    return Load(
+        cell=cell,
+        serving=scenario.serving,
+        vocab=vocab,
+        seed=config.seed,
+        limit_s=config.iteration_limit_s,
+        texts=found.texts.get(cell.scenario),
+    )
+
+
+def entry(
+    samples: Sequence[Sample], cell: Cell, found: Measured
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """What the report's cell of a server holds beside the rest, and the reason of every null."""
+    scenario = found.scenarios.get(cell.scenario)
+    if scenario is None or scenario.serving is None:
+        return {}, {}
+    objective, rate = asdict(scenario.serving.objective), found.rates.get(cell)
+    values: dict[str, Any] = {"arrivals": scenario.serving.arrivals, "rate_per_s": rate}
+    blocks = [sample.metrics for sample in samples if sample.served is not None]
+    for name in SERVED:
+        there = [value for of in blocks if (value := of[name]) is not None]
+        values[name] = median(there) if there else None
+    why = request.reasons({name: values[name] for name in SERVED})
+    if rate is None:
+        why["rate_per_s"] = "it was not found" if cell not in found.rates else NO_RATE
+    return {**values, "slo": objective}, why
+
+
+def search(load: Load, run: Callable[[Serve], Served | None]) -> float | None:
     """The highest rate at which ``run`` keeps the objective and up with the requests.
 
     The second matters where a block is too short for a growing queue to break the first: from the
     first arrival to the last answer it may take a tenth longer than the arrivals, and the time of
-    one request alone. None: it does not even at the lowest rate tried.
+    one request alone. None: it does not even at the lowest rate tried, or does not answer.
     """
-    alone_s = run(load.alone()).metrics["e2e_s"]
+    alone = run(load.alone())
+    alone_s = None if alone is None else alone.metrics["e2e_s"]
     if alone_s is None:
         return None
     number = PROBES
@@ -99,7 +156,8 @@ def search(load: Load, run: Callable[[Serve], Served]) -> float | None:
     def share(rate_per_s: float) -> float:
         nonlocal number
         number += 1
-        found = run(load.command(number, rate_per_s))
+        if (found := run(load.command(number, rate_per_s))) is None:
+            return 0.0
         sched_ns = [one.sched_ns for one in found.requests]
         taken_ns = max(one.end_ns for one in found.requests) - min(sched_ns)
         kept_up = taken_ns <= 1.1 * (max(sched_ns) - min(sched_ns)) + alone_s * 1e9

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from optpipe.bench.measure import Measured
+from optpipe.bench.checks import Floors
+from optpipe.bench.policy import BenchConfig
 from optpipe.bench.quality import Judged, Windows
+from optpipe.bench.samples import Measured
 from optpipe.bench.scenario import Cell
 from optpipe.bench.worker import Arm, Loaded
+from optpipe.evaluate import EvalConfig
 
 
 @dataclass(kw_only=True)
@@ -21,12 +25,26 @@ class Outcome:
     """Which arms were resident together."""
     left_out: dict[str, str]
     """Arms that were never loaded, and why."""
+    broken: dict[str, str] = field(default_factory=dict)
+    """Arms that broke while they were loaded, and how."""
+    anchored: set[str] = field(default_factory=set)
+    """Arms that took turns with the baseline, each loaded anew, around a fixed piece of work."""
+    bench: BenchConfig = field(default_factory=BenchConfig)
     loaded: dict[str, Loaded] = field(default_factory=dict)
     measured: Measured = field(default_factory=Measured)
     windows: Windows | None = None
     judged: Judged = field(default_factory=Judged)
+    instrument: Mapping[str, float | bool] | None = None
+    """What `selftest.selftest` found; None: it was not run."""
+    content: dict[str, str] = field(default_factory=dict)
+    """Arm -> hash of the bytes of its files as they were loaded."""
+    changed: dict[str, str] = field(default_factory=dict)
+    """Arms whose files were not the same when all was timed and judged, and how."""
+    tasks: EvalConfig | None = None
+    """Of lm-evaluation-harness, to be run on every arm."""
     evaluated: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Arm -> task -> what lm-evaluation-harness found; empty if no tasks were asked for."""
+    """Arm -> task -> what was found."""
+    floors: Floors = field(default_factory=dict)
 
     @property
     def baseline(self) -> str:
@@ -43,7 +61,7 @@ class Outcome:
 
     def absent(self, name: str) -> str | None:
         """Why an arm was not there at all, if it was not."""
-        return self.left_out.get(name) or self.measured.dead.get(name)
+        return self.left_out.get(name) or self.broken.get(name) or self.measured.dead.get(name)
 
     def unpaired(self, name: str) -> str | None:
         """Why an arm cannot be compared with the baseline, if it cannot."""

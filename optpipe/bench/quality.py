@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from optpipe.bench.backend import Backend, Ids, Logits
 from optpipe.bench.scenario import hash_ids
 from optpipe.bench.worker import Worker
-from optpipe.errors import InputError
+from optpipe.errors import InputError, StageError
 from optpipe.stage import Progress
 
 BUNDLED = Path(__file__).resolve().parent.parent / "demo" / "heldout.txt"
@@ -242,7 +242,7 @@ def _window(
         )
         try:
             found.sums[name].add(workers[name].ask(command, "quality", ANSWER_S))
-        except TimeoutError as error:
+        except (TimeoutError, StageError) as error:
             workers[name].kill()
             lost = list(workers) if name == baseline else [name]  # no reference, no comparison
             found.missing |= dict.fromkeys(lost, f"'{name}' was ended as it scored text: {error}")

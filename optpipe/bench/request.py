@@ -133,7 +133,7 @@ def reasons(found: Values) -> dict[str, str]:
     }
     why |= {"itl_s": why["tpot_s"], "itl_max_s": why["tpot_s"], "prefill_s": why["queue_s"]}
     none = "no request was answered"
-    lost = found["ttft_s"] is None
+    lost = found["ttft_sched_s"] is None
     return {k: none if lost else why.get(k, none) for k, v in found.items() if v is None}
 
 

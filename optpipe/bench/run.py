@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,11 +11,15 @@ from typing import Any
 
 from optpipe.artifact import Artifact
 from optpipe.bench import machine, quality, report, tables
+from optpipe.bench.anchored import Turns
 from optpipe.bench.measure import BenchConfig, Session, measure
 from optpipe.bench.outcome import Outcome
+from optpipe.bench.resident import Residents, content_hash, plan_twice, reside
+from optpipe.bench.samples import AGAIN
 from optpipe.bench.scenario import Scenario, cells, read_texts
-from optpipe.bench.worker import Arm, Loaded, Worker
-from optpipe.errors import GateError
+from optpipe.bench.selftest import SHORT_RUNS, selftest
+from optpipe.bench.worker import Arm, Worker
+from optpipe.errors import GateError, StageError
 from optpipe.evaluate import EvalConfig, Evaluate
 from optpipe.progress import shown
 from optpipe.stage import Progress
@@ -25,7 +28,6 @@ __all__ = ["BenchConfig", "run"]
 PROCESS_BYTES = 500_000_000
 """What a worker takes before any weights, and for activations."""
 SHARE_OF_MEMORY = 0.9
-LOAD_S = 1800.0
 
 
 def run(
@@ -39,7 +41,8 @@ def run(
     """Measure the artifacts of a run, the baseline first; writes report.json, .md and the samples.
 
     ``context`` is what the report says about how the run was started. Raises GateError, after the
-    report is written, if an artifact lost more than bench.quality.max_perplexity_increase.
+    report is written, if an artifact lost more than bench.quality.max_perplexity_increase;
+    StageError if an arm broke, which costs that arm only.
     """
     started, start_s, host = datetime.now(UTC), time.perf_counter(), machine.describe()
     with shown("bench") as progress:
@@ -58,6 +61,7 @@ def run(
     found = report.build(outcome, facts)
     report.write(found, outcome.measured.samples, out)
     tables.show(found)
+    _whole(outcome)
     _gate(found, bench.quality.max_perplexity_increase)
     return found
 
@@ -80,84 +84,73 @@ def measure_arms(
     tasks: EvalConfig | None = None,
 ) -> Outcome:
     """Every arm in every cell; the first arm is the baseline."""
-    wanted, texts = cells(scenarios), read_texts(scenarios, given[0].artifact.path)
+    baseline = given[0]
     sizes = {arm.name: PROCESS_BYTES + arm.memory_bytes() for arm in given}
-    groups, left_out = plan(sizes, int(machine.available_bytes() * SHARE_OF_MEMORY))
-    outcome = Outcome(arms=list(given), cells=wanted, sessions=groups, left_out=left_out)
+    free = int(machine.available_bytes() * SHARE_OF_MEMORY)
+    groups, left_out = plan_twice(sizes, free, AGAIN)
+    outcome = Outcome(
+        arms=list(given), cells=cells(scenarios), sessions=groups, left_out=left_out, bench=bench
+    )
+    outcome.measured.scenarios, outcome.tasks = scenarios, tasks
+    outcome.measured.texts = read_texts(scenarios, baseline.artifact.path)
+    outcome.content = {arm.name: content_hash(arm.artifact.path) for arm in given}
+    outcome.instrument = selftest(SHORT_RUNS)
+    named = {arm.name: arm for arm in given} | {AGAIN: replace(baseline, name=AGAIN)}
     for number, names in enumerate(groups):
-        with _resident([arm for arm in given if arm.name in names], progress) as (workers, loaded):
-            outcome.loaded |= loaded
-            session = Session(
-                number=number,
-                workers=workers,
-                loaded=loaded,
-                budget_s=bench.budget_s / len(groups),
-                scenarios=scenarios,
-                texts=texts,
-            )
-            measure(session, wanted, bench, outcome.measured, progress)
-            _judge(outcome, workers, bench, progress)
-            if tasks is not None:
-                _evaluate(outcome, workers, tasks, progress)
+        if baseline.name in names or baseline.name in left_out:
+            _side_by_side(outcome, number, [named[name] for name in names], progress)
+        else:
+            for name in names:
+                _taking_turns(outcome, name, progress)
+    for arm in given:
+        if (now := content_hash(arm.artifact.path)) != (then := outcome.content[arm.name]):
+            outcome.changed[arm.name] = f"artifact_changed: {then} was loaded, {now} is there now"
     return outcome
 
 
-def plan(sizes: Mapping[str, int], free: int) -> tuple[list[list[str]], dict[str, str]]:
-    """Which arms are resident together, so that each group fits in ``free`` bytes of memory.
-
-    The first arm is the baseline: it is in every group it fits in, since a ratio is only worth
-    something between arms that were timed side by side. Also returns the arms that fit in none.
-    """
-    baseline, *others = sizes
-    left_out = {
-        name: f"needs about {size / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
-        for name, size in sizes.items()
-        if size > free
-    }
-    groups: list[list[str]] = [] if baseline in left_out else [[baseline]]
-    for name in (name for name in others if name not in left_out):
-        paired = sizes[baseline] + sizes[name] <= free
-        for group in groups:
-            if (baseline in group) == paired and sum(sizes[n] for n in (*group, name)) <= free:
-                group.append(name)
-                break
-        else:
-            groups.append([baseline, name] if paired else [name])
-    return groups, left_out
+def _side_by_side(outcome: Outcome, number: int, given: Sequence[Arm], progress: Progress) -> None:
+    """One group of arms that are resident together."""
+    bench = outcome.bench
+    with reside(given, progress) as residents:
+        outcome.broken |= residents.broken
+        outcome.loaded |= {n: told for n, told in residents.loaded.items() if n != AGAIN}
+        session = Session(
+            number=number,
+            workers=residents.workers,
+            loaded=residents.loaded,
+            budget_s=bench.budget_s / len(outcome.sessions),
+        )
+        if residents.workers:
+            measure(session, outcome.cells, bench, outcome.measured, progress)
+        _judge(outcome, residents, progress)
 
 
-@contextmanager
-def _resident(
-    given: Sequence[Arm], progress: Progress
-) -> Iterator[tuple[dict[str, Worker], dict[str, Loaded]]]:
-    """Workers of these arms, loaded; all are ended on the way out."""
-    with ExitStack() as stack:
-        workers = {arm.name: stack.enter_context(Worker(arm)) for arm in given}
-        for index, worker in enumerate(workers.values()):  # all, before the first load is timed
-            progress("starting workers", index, len(workers))
-            worker.imported()
-        loaded = {}
-        for index, (name, worker) in enumerate(workers.items()):
-            progress(f"loading {name}", index, len(workers))
-            loaded[name] = worker.load(LOAD_S)
-        yield workers, loaded
+def _taking_turns(outcome: Outcome, name: str, progress: Progress) -> None:
+    """An arm that does not fit in memory beside the baseline."""
+    outcome.anchored.add(name)
+    Turns(
+        outcome=outcome,
+        name=name,
+        number=len(outcome.sessions) + len(outcome.anchored),
+        reside=reside,
+        judge=lambda residents: _judge(outcome, residents, progress),
+        progress=progress,
+    ).run()
 
 
-def _judge(
-    outcome: Outcome, workers: Mapping[str, Worker], bench: BenchConfig, progress: Progress
-) -> None:
+def _judge(outcome: Outcome, residents: Residents, progress: Progress) -> None:
     """Quality comes after timing, so that whole windows of logits are in no peak of memory."""
-    dead = outcome.measured.dead
-    alive = {name: worker for name, worker in workers.items() if name not in dead}
-    capacities = {name: outcome.loaded[name].capacity for name in alive}
-    budget_s = bench.quality.budget_s
+    gone, config = {*outcome.measured.dead, AGAIN}, outcome.bench.quality
+    alive = {name: worker for name, worker in residents.workers.items() if name not in gone}
+    capacities = {name: residents.loaded[name].capacity for name in alive}
+    budget_s = config.budget_s
     if not alive:
         return
     if outcome.windows is None:
-        vocab = min(outcome.loaded[name].vocab for name in alive)
+        vocab = min(residents.loaded[name].vocab for name in alive)
         folder = outcome.arms[0].artifact.path
         outcome.windows = quality.windows(
-            folder, bench.quality, min(capacities.values()), vocab, bench.seed
+            folder, config, min(capacities.values()), vocab, outcome.bench.seed
         )
     else:
         budget_s = float("inf")  # as many windows as the first group had
@@ -166,17 +159,25 @@ def _judge(
     baseline = outcome.baseline if outcome.baseline in fitting else None
     judged = quality.judge(fitting, baseline, outcome.windows, budget_s, progress)
     outcome.add(judged)
+    _evaluate(outcome, alive, progress)
 
 
-def _evaluate(
-    outcome: Outcome, workers: Mapping[str, Worker], tasks: EvalConfig, progress: Progress
-) -> None:
+def _evaluate(outcome: Outcome, workers: Mapping[str, Worker], progress: Progress) -> None:
     """The user's tasks, on every arm that is there; the baseline only in its first session."""
-    command = Evaluate(config=tasks, tokenizer=outcome.arms[0].artifact.path.resolve())
+    if outcome.tasks is None:
+        return
+    command = Evaluate(config=outcome.tasks, tokenizer=outcome.arms[0].artifact.path.resolve())
     for index, (name, worker) in enumerate(workers.items()):
         progress(f"evaluating {name}", index, len(workers))
         if outcome.absent(name) is None and name not in outcome.evaluated:
             outcome.evaluated[name] = worker.ask(command, "evaluation")
+
+
+def _whole(outcome: Outcome) -> None:
+    """Raise StageError if an arm broke: the report has all the others, but this is no success."""
+    broken = {**outcome.broken, **outcome.measured.dead}
+    for name in (arm.name for arm in outcome.arms if arm.name in broken):
+        raise StageError(f"'{name}' broke in the benchmark: {broken[name]}")
 
 
 def _gate(found: Mapping[str, Any], limit: float | None) -> None:

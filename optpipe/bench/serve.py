@@ -201,6 +201,8 @@ class Served:
     """CPU time of all threads of the worker."""
     peak_bytes: int | None
     """None where the system does not keep a peak that can be reset."""
+    device_s: float | None = None
+    """What the device worked between events of its own; None on a CPU."""
 
     @property
     def trace(self) -> Trace:
@@ -259,4 +261,5 @@ class Serve:
             objective=self.objective,
             cpu_s=(time.process_time_ns() - cpu_ns) / 1e9,
             peak_bytes=backend.peak_bytes() if has_peak else None,
+            device_s=backend.device_s(),
         )

@@ -12,9 +12,10 @@ from rich.table import Table
 Row = list[str]
 NONE = "-"
 SPEED = ("artifact", "MB", "ppl", "KL", "TTFT ms", "TPOT ms", "tok/s", "peak MB",
-         "TTFT x [95 %]", "TPOT x [95 %]", "tok/s x [95 %]")  # fmt: skip
-ON_SCREEN = (0, 1, 2, 3, 4, 5, 6, 9)
-"""Columns of SPEED that fit in 80 characters."""
+         "TTFT x [95 %]", "TPOT x [95 %]", "tok/s x [95 %]", "verdict")  # fmt: skip
+ON_SCREEN = (0, 1, 2, 4, 5, 6, 9, 11)
+"""Columns of SPEED that fit in 100 characters."""
+TITLES = {"ttft_s": "TTFT", "tpot_s": "TPOT", "tokens_per_s": "tok/s", "peak_bytes": "memory"}
 PLAIN_WIDTH = 100
 SIZES = ("artifact", "MB on disk", "MB in memory", "claimed", "found in the files")
 NOT_INCLUDED = (
@@ -28,6 +29,10 @@ NOT_INCLUDED = (
     "torch allocated on a GPU.",
     "x: how many times better than the baseline in the same block, above 1 is better; in brackets "
     "the 95 % interval. Many ratios are shown: one in twenty intervals misses by chance.",
+    "Verdicts are on metrics chosen beforehand, with an error of at most 5 % for all of a report "
+    "together (Holm): EQUIVALENT if the whole interval lies within a negligible difference, "
+    "INCONCLUSIVE if the blocks do not decide, INVALID if a check failed that any honest "
+    "measurement passes.",
 )
 
 
@@ -57,12 +62,36 @@ def markdown(report: Mapping[str, Any]) -> str:
     ]
     for title, rows in speed_tables(report):
         parts += [f"## {title}", _markdown_table(SPEED, rows)]
+    parts += [f"## {title}\n\n{text}" for title, text in _conclusions(report) if text]
     parts += ["## What was claimed, what is there", _markdown_table(SIZES, _size_rows(report))]
     parts += [f"## Quality\n\n{_quality_line(run['design']['quality'])}"]
     if reasons := sorted(set(_reasons(report))):
         parts += ["## What is missing, and why", "\n".join(f"- {line}" for line in reasons)]
     parts += ["## What these numbers do not include", "\n".join(f"- {n}" for n in NOT_INCLUDED)]
     return "\n\n".join(parts) + "\n"
+
+
+def _conclusions(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What to take, what this run can resolve, and what is wrong with it."""
+    design = report["run"]["design"]
+    advice = (f"- {r['scenario']}: {r['artifact']} ({r['why']})" for r in report["recommendation"])
+    yield "Recommendation", "\n".join(advice)
+    yield "What this run can resolve", "\n".join(_resolution_lines(design))
+    invalid = (f"- {why}" for why in report["run"]["invalid_reasons"])
+    yield "What is INVALID, and why", "\n".join(invalid)
+
+
+def _resolution_lines(design: Mapping[str, Any]) -> Iterator[str]:
+    """Two identical workers of the baseline against each other, and the instrument alone."""
+    for cell in design["resolution"]:
+        shown = [f"{t} x {_ratio(cell[m])}" for m, t in TITLES.items() if cell[m]["ratio"]]
+        if shown:
+            where = f"{cell['scenario']} {cell['batch']} x {cell['prompt_tokens']}"
+            yield f"- {where}, the baseline against itself: {', '.join(shown)}"
+    if design["instrument"]:
+        told = design["instrument"].items()
+        errors = [f"{k[:-6].upper()} {v:+.2%}" for k, v in told if k.endswith("_error")]
+        yield f"- known delays, relative error: {', '.join(errors)}"
 
 
 def speed_tables(report: Mapping[str, Any]) -> Iterator[tuple[str, list[Row]]]:
@@ -90,7 +119,14 @@ def _speed_row(artifact: Mapping[str, Any], cell: Mapping[str, Any]) -> Row:
         _ratio(speedup["ttft_s"]),
         _ratio(speedup["tpot_s"]),
         _ratio(speedup["tokens_per_s"]),
+        _verdict(speedup),
     ]
+
+
+def _verdict(speedup: Mapping[str, Any]) -> str:
+    """Of every metric that has one here: 'TPOT FASTER, memory EQUIVALENT'."""
+    found = (f"{TITLES[k]} {v['verdict']}" for k, v in speedup.items() if v.get("verdict"))
+    return ", ".join(found) or NONE
 
 
 def short(artifact: Mapping[str, Any]) -> str:

@@ -19,6 +19,8 @@ from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+import numpy as np
+
 from optpipe.artifact import Artifact
 from optpipe.bench.backend import Backend, Ids, backend_class
 from optpipe.bench.clock import Trace, generate
@@ -76,6 +78,8 @@ class Iteration:
     """CPU time of all threads of the worker."""
     peak_bytes: int | None
     """None where the system does not keep a peak that can be reset."""
+    device_s: float | None = None
+    """What the device worked between events of its own; None on a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +101,28 @@ class Iterate:
         trace = generate(backend, self.ids_BS, self.new_tokens, self.limit_ns, clock)
         cpu_s = (time.process_time_ns() - cpu_ns) / 1e9
         return Iteration(
-            trace=trace, cpu_s=cpu_s, peak_bytes=backend.peak_bytes() if has_peak else None
+            trace=trace,
+            cpu_s=cpu_s,
+            peak_bytes=backend.peak_bytes() if has_peak else None,
+            device_s=backend.device_s(),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rewarm:
+    """One token in and one step, untimed: they read every weight.
+
+    The arm that was just timed has pushed them out of the caches, where an arm that has the machine
+    for itself, as in use, would find them.
+    """
+
+    ids_BS: Ids
+
+    def __call__(self, backend: Backend) -> None:
+        ids_B1 = self.ids_BS[:, :1]
+        backend.prefill(ids_B1, np.ones(len(ids_B1), dtype=np.int64))
+        backend.decode(ids_B1[:, 0])
+        backend.device_s()
 
 
 class Worker:

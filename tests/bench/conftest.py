@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # spawned workers inherit it and
 import fakes
 
 from optpipe.bench.worker import Arm, Loaded
+from optpipe.errors import StageError
 
 
 class Local:
@@ -28,7 +29,10 @@ class Local:
     def result(self, doing, timeout_s=None):
         if self.backend.plan.get("fault") == "hang":
             raise TimeoutError(f"no answer within {timeout_s:.0f} s")
-        return self.asked[-1](self.backend)
+        try:
+            return self.asked[-1](self.backend)
+        except FloatingPointError as error:
+            raise StageError(f"benchmark arm '{self.arm.name}', {doing}: {error}") from error
 
     def ask(self, command, doing, timeout_s=None):
         self.submit(command, doing)

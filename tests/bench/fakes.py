@@ -22,6 +22,8 @@ class Fake(Backend):
         self.capacity = self.plan.get("capacity", 64)
         if self.plan.get("fault") == "load":
             raise ValueError("no such tensor")
+        if self.plan.get("fault") == "die_loading":
+            os._exit(9)
 
     def prefill(self, ids_BS, lengths_B):
         self._fail()

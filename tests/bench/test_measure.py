@@ -6,23 +6,28 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from optpipe.bench import measure as module
+from optpipe.bench import timing as module
 from optpipe.bench.measure import BenchConfig, Measured, Session, measure
 from optpipe.bench.quality import QualityConfig
 from optpipe.bench.scenario import Cell, hash_ids, prompts
 from optpipe.bench.statistics import fewest_pairs
+from optpipe.bench.timing import WARM
+from optpipe.bench.worker import Iterate
 from optpipe.config import typed
 from optpipe.errors import InputError
 
 CONF = sorted((Path(__file__).parents[2] / "conf" / "bench").glob("*.yaml"))
 
 CELL = Cell("single", 2, 8, 3)
-QUICK = {"blocks": 6, "warmup": 2, "seed": 5, "iteration_limit_s": 5}
+QUICK = {
+    "blocks": 6, "max_blocks": 6, "warmup": 2, "warmup_s": 0, "seed": 5, "iteration_limit_s": 5,
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
 def no_pause(monkeypatch):
     monkeypatch.setattr(module, "SETTLE_S", 0.0)
+    monkeypatch.setattr(module, "TURN_S", 0.0)
 
 
 def timings(workers, cells=(CELL,), budget_s=60.0, **given):
@@ -31,6 +36,7 @@ def timings(workers, cells=(CELL,), budget_s=60.0, **given):
         workers=workers,
         loaded={name: worker.loaded for name, worker in workers.items()},
         budget_s=budget_s,
+        meter=lambda: None,
     )
     found, said = Measured(), []
     config = BenchConfig(**(QUICK | given))
@@ -42,14 +48,16 @@ def blocks(found, reason=None):
     """(block -> arms in the order they ran)"""
     by_block = {}
     for sample in sorted(found.samples, key=lambda s: s.submit_ns):
-        if sample.reason == reason:
+        if sample.reason == reason and sample.iteration == 0:
             by_block.setdefault(sample.block, []).append(sample.arm)
     return by_block
 
 
 def test_every_block_runs_every_arm_once_in_an_order_that_varies_with_the_seed(local):
     def order(seed):
-        found, _ = timings({name: local(name) for name in "abc"}, seed=seed, blocks=60)
+        found, _ = timings(
+            {name: local(name) for name in "abc"}, seed=seed, blocks=60, max_blocks=60
+        )
         return blocks(found)
 
     first = order(1)
@@ -74,15 +82,42 @@ def test_warm_up_comes_first_and_is_kept_apart(local):
     assert {s.block for s in found.samples[:6]} == {-3, -2, -1}
 
 
-def test_all_arms_and_blocks_get_the_same_token_ids(local):
+def test_all_arms_get_the_same_fresh_token_ids_and_two_blocks_share_them(local):
     workers = {name: local(name) for name in "ab"}
     found, _ = timings(workers)
-    expected = prompts(CELL, 11, seed=5)
-    for worker in workers.values():
-        for command in worker.asked:
-            np.testing.assert_array_equal(command.ids_BS, expected)
-    assert found.prompts == {CELL: hash_ids(expected)}
-    assert len({s.tokens_hash for s in found.samples}) == 1, "equal arms answer alike"
+    asked = {
+        name: [c.ids_BS for c in worker.asked if isinstance(c, Iterate)]
+        for name, worker in workers.items()
+    }
+    numbers = [0, 1, WARM, WARM, WARM + 1, WARM + 1, WARM + 2, WARM + 2]
+    expected = [prompts(CELL, 11, 5, number) for number in numbers]
+    for given in asked.values():
+        np.testing.assert_array_equal(given, expected)
+    assert found.prompts[CELL] == {
+        number: hash_ids(ids) for number, ids in zip(numbers, expected, strict=True)
+    }
+    answers = {(s.prompt, s.tokens_hash) for s in found.samples}
+    assert len(answers) == 5, "equal arms answer alike"
+
+
+def test_a_turn_repeats_short_iterations_on_further_prompts(local, monkeypatch):
+    monkeypatch.setattr(module, "TURN_S", 0.012)
+    found, _ = timings({name: local(name, prefill_s=0.005) for name in "ab"})
+    counts = Counter((s.arm, s.block) for s in found.samples if s.reason is None)
+    assert set(counts.values()) == {3} or set(counts.values()) == {2}
+    assert {s.prompt for s in found.samples if s.block in (0, 1)} == {
+        WARM + i for i in range(counts["a", 0])
+    }
+
+
+def test_an_arm_is_warmed_again_before_its_turn_where_there_are_others(local):
+    workers = {name: local(name) for name in "ab"}
+    timings(workers)
+    kinds = [type(command).__name__ for command in workers["a"].asked]
+    assert kinds == ["Rewarm", "Iterate"] * 8
+    alone = local("c")
+    timings({"c": alone})
+    assert {type(command).__name__ for command in alone.asked} == {"Iterate"}
 
 
 def test_an_arm_that_is_too_slow_leaves_the_cell_with_the_reason(local):
@@ -92,6 +127,14 @@ def test_an_arm_that_is_too_slow_leaves_the_cell_with_the_reason(local):
     assert "for 1 of 3 tokens" in found.dropped["slow", CELL]
     assert all(arms == ["base"] for arms in blocks(found).values())
     assert not workers["slow"].killed
+
+
+def test_an_arm_that_breaks_costs_itself_only_and_says_why(local):
+    workers = {"base": local("base"), "bad": local("bad", fault="raise")}
+    found, _ = timings(workers)
+    assert "the kernel is unhappy" in found.dead["bad"] and workers["bad"].killed
+    assert {arm for arms in blocks(found).values() for arm in arms} == {"base"}
+    assert len(blocks(found)) == 6
 
 
 def test_an_arm_that_never_answers_is_ended_and_leaves_all_cells(local):
@@ -113,13 +156,13 @@ def test_the_budget_ends_a_cell_after_a_whole_block_but_not_before_the_first(loc
     workers = {name: local(name, prefill_s=0.001) for name in "ab"}
     found, _ = timings(workers, budget_s=0.0)
     assert blocks(found).keys() == {0}
-    assert found.stopped[CELL].endswith("after 1 of 6 blocks")
+    assert found.stopped[CELL].endswith("after 1 of at least 6 and at most 6 blocks")
 
 
 def test_limits_do_not_reach_into_timed_iterations(local):
     worker = local("a")
     timings({"a": worker})
-    limits = [command.limit_ns for command in worker.asked]
+    limits = [command.limit_ns for command in worker.asked if isinstance(command, Iterate)]
     assert limits == [5_000_000_000] * 2 + [None] * 6
 
 
@@ -127,8 +170,8 @@ def test_progress_counts_up_to_its_total(local):
     cells = [CELL, CELL._replace(batch=1)]
     _, said = timings({"a": local("a")}, cells=cells)
     counts = [done for _, done, _ in said]
-    assert counts == sorted(counts) and {total for *_, total in said} == {16}
-    assert counts[-1] == 16
+    assert counts == sorted(counts) and {total for *_, total in said} == {200}
+    assert counts[-1] == 200
     assert said[0][0] == "benchmark: single 1 x 8 + 3", "short cells come first"
 
 
@@ -136,7 +179,7 @@ def test_progress_counts_up_to_its_total(local):
 def test_every_option_gives_every_value_and_enough_blocks_for_an_interval(path):
     content = OmegaConf.load(path)
     policy = typed(content, BenchConfig, "bench")
-    assert policy.blocks >= fewest_pairs()
+    assert policy.blocks >= fewest_pairs(policy.level)
     assert set(content) == {field.name for field in fields(BenchConfig)}
     assert set(content.quality) == {field.name for field in fields(QualityConfig)}
 
@@ -150,6 +193,8 @@ def test_there_is_a_quick_and_a_full_option():
     [
         ({"blocks": 0}, "bench.blocks=0"),
         ({"warmup": 1}, "bench.warmup=1"),
+        ({"max_blocks": 3}, "bench.max_blocks=3: at least 12"),
+        ({"delta": 0.0}, "bench.delta=0.0: between 0 and 1"),
         ({"threads": 0}, "bench.threads=0"),
         ({"dtypes": []}, r"bench.dtypes=\[\]"),
         ({"dtypes": ["float32", "float32"]}, "each once"),

@@ -23,8 +23,8 @@ def opened(arm):
 
 
 def test_a_worker_measures_the_delays_it_was_given(arm):
-    planned = {"ttft_s": 0.05, "tpot_s": 0.01, "e2e_s": 0.07}
-    with Worker(arm("slow", prefill_s=0.05, decode_s=0.01)) as worker:
+    planned = {"ttft_s": 0.2, "tpot_s": 0.05, "e2e_s": 0.3}
+    with Worker(arm("slow", prefill_s=0.2, decode_s=0.05)) as worker:
         worker.imported()
         loaded = worker.load(60)
         found = []
@@ -40,7 +40,7 @@ def test_a_worker_measures_the_delays_it_was_given(arm):
         least = min(sample[name] for sample in found)
         assert value <= least <= 1.2 * value
     assert min(sample["queue_s"] for sample in found) > 0
-    assert waiting_s < 0.2 * 5 * planned["e2e_s"], "the parent must block, not spin"
+    assert waiting_s < 0.02 * 5 * planned["e2e_s"], "the parent must block, not spin"
     assert answer.peak_bytes is None or answer.peak_bytes > 1_000_000
     assert multiprocessing.active_children() == []
 

@@ -1,0 +1,234 @@
+"""One arm in one cell of the report: medians, percentiles, and ratios to the baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from optpipe.bench import load, resampling
+from optpipe.bench.clock import METRICS, NO_STAMPS, ONE_TOKEN
+from optpipe.bench.outcome import Outcome
+from optpipe.bench.request import pooled
+from optpipe.bench.samples import AGAIN
+from optpipe.bench.scenario import Cell
+from optpipe.bench.series import Turns, collect, pairs
+from optpipe.bench.statistics import (
+    LEVEL,
+    Shift,
+    exponential,
+    fewest_pairs,
+    fewest_samples,
+    hodges_lehmann,
+    log_ratios,
+    median,
+    percentile,
+    percentile_interval,
+)
+
+FIELDS = (*METRICS, "peak_bytes")
+"""What a cell holds a number of."""
+PERCENTILES = (50, 95, 99)
+NO_PEAK = "this system keeps no peak of resident memory that can be reset"
+ONE_NUMBER = "a single number: nothing varies from block to block"
+HAND_OVER = "one request at a time never queues: this is the hand-over between two processes"
+ITSELF = "the baseline itself"
+Entry = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Table:
+    """An outcome with its samples grouped once."""
+
+    outcome: Outcome
+
+    @cached_property
+    def turns(self) -> Mapping[tuple[str, Cell], Turns]:
+        return collect(self.outcome.measured.samples)
+
+    def timed(self, name: str, cell: Cell) -> tuple[Turns | None, str]:
+        """What counts of one arm in one cell, or why there is nothing."""
+        outcome = self.outcome
+        dropped = outcome.measured.dropped.get((name, cell))
+        why = outcome.left_out.get(name) or outcome.broken.get(name) or dropped
+        own = self.turns.get((name, cell)) if why is None else None
+        return own, "" if own else why or outcome.measured.dead.get(name, "no block was run")
+
+    def shift(self, name: str, cell: Cell, metric: str) -> tuple[Shift | None, str]:
+        """How many times better than the baseline over paired blocks, or why there is no ratio."""
+        own, why = self.timed(name, cell)
+        base, lost = self.timed(self.outcome.baseline, cell)
+        if own is None:
+            return None, why
+        if base is None:
+            return None, self._unpaired(name) or f"the baseline has no numbers here: {lost}"
+        before, after = pairs(base, own, metric, anchored=True)
+        if not before:
+            return None, self._unpaired(name) or missing(metric, cell)
+        logs = log_ratios(after, before) if metric == "tokens_per_s" else log_ratios(before, after)
+        return exponential(_widened(logs, self.outcome)), ""
+
+    def cell(self, name: str, cell: Cell) -> Entry:
+        """The whole entry of an arm; verdicts are added once the family of them is known."""
+        own, why = self.timed(name, cell)
+        values, reasons = _values(own, cell, why)
+        if own is None:
+            reasons["cpu_s"] = why
+        elif cell in self.outcome.measured.stopped:
+            reasons["blocks"] = self.outcome.measured.stopped[cell]
+        served, missing_too = load.entry(own.samples if own else [], cell, self.outcome.measured)
+        reasons |= missing_too
+        return {
+            **cell._asdict(),
+            **values,
+            **served,
+            "blocks": own.blocks if own else 0,
+            "cpu_s": median([sample.cpu_s for sample in own.samples]) if own else None,
+            "percentiles": {
+                "ttft_s": _percentiles(_firsts(own) if own else [], why),
+                "itl_s": _percentiles(_gaps(own) if own else [], why or ONE_TOKEN),
+            },
+            "speedup": self._speedups(name, cell),
+            "reasons": reasons,
+        }
+
+    def _speedups(self, name: str, cell: Cell) -> dict[str, Entry]:
+        outcome = self.outcome
+        arm = next(arm for arm in outcome.arms if arm.name == name)
+        itself = name == outcome.baseline
+        smaller = outcome.arms[0].artifact.size_bytes / arm.artifact.size_bytes
+        if itself and self.timed(name, cell)[0] is not None:
+            found = dict.fromkeys(FIELDS, single(1.0, ITSELF))
+        else:
+            found = {metric: self._ratio(name, cell, metric) for metric in FIELDS}
+        return {
+            **found,
+            **({} if cell in outcome.measured.rates else {"queue_s": nothing(HAND_OVER)}),
+            "bytes": single(smaller, ITSELF if itself else ONE_NUMBER),
+        }
+
+    def _ratio(self, name: str, cell: Cell, metric: str) -> Entry:
+        shift, why = self.shift(name, cell, metric)
+        if shift is None:
+            return nothing(why)
+        entry = interval(shift, self.outcome.bench.level)
+        base, own = self.turns[self.outcome.baseline, cell], self.turns[name, cell]
+        if metric == "tokens_per_s" and shift.pairs >= resampling.FEWEST_BLOCKS:
+            entry |= _bootstrap(base, own, cell, self.outcome.bench.seed)
+        return entry
+
+    def _unpaired(self, name: str) -> str | None:
+        if name == AGAIN or name in self.outcome.anchored:
+            return None
+        return self.outcome.unpaired(name)
+
+
+def interval(shift: Shift, level: float) -> Entry:
+    """A ratio with its interval, Student's beside it, and what is odd about them."""
+    few = f"{shift.pairs} paired blocks; {fewest_pairs(level)} are the fewest with an interval at "
+    reasons = {} if shift.ci else {"ci": f"{few}{100 * level:.4g} %"}
+    if shift.check is None:
+        reasons["ci_check"] = "one paired block has no standard deviation"
+    if shift.disputed:
+        reasons["disputed"] = "Student's interval disagrees with that of the signed rank: bursts"
+    return {
+        "ratio": shift.estimate,
+        "ci": None if shift.ci is None else list(shift.ci),
+        "ci_check": None if shift.check is None else list(shift.check),
+        "reasons": reasons,
+    }
+
+
+def single(value: float, why: str) -> Entry:
+    return {"ratio": value, "ci": None, "reasons": {"ci": why}}
+
+
+def nothing(why: str) -> Entry:
+    return {"ratio": None, "ci": None, "reasons": {"ratio": why, "ci": why}}
+
+
+def missing(metric: str, cell: Cell) -> str:
+    """Why a timed arm has no value of a metric."""
+    if metric == "peak_bytes":
+        return NO_PEAK
+    return ONE_TOKEN if metric == "tpot_s" and cell.new_tokens == 1 else NO_STAMPS
+
+
+def _values(own: Turns | None, cell: Cell, why: str) -> tuple[Entry, dict[str, str]]:
+    """The number of every field, and the reason of every null."""
+    if own is None:
+        return dict.fromkeys(FIELDS), dict.fromkeys(FIELDS, why)
+    blocks = {metric: [*own.by_block(metric).values()] for metric in METRICS}
+    values: Entry = {metric: median(of) if of else None for metric, of in blocks.items()}
+    values["peak_bytes"] = max((int(peak) for peak in own.values("peak_bytes")), default=None)
+    return values, {k: missing(k, cell) for k, value in values.items() if value is None}
+
+
+def _widened(logs: list[float], outcome: Outcome) -> Shift:
+    """The interval of the signed rank, or its hull with that of blocks that depend on each other.
+
+    A dependence that fewer blocks than thirty show may be chance: the hull only ever widens.
+    """
+    level = outcome.bench.level
+    shift = hodges_lehmann(logs, level)
+    limit = max(resampling.DEPENDENT, 2 / len(logs) ** 0.5)
+    if shift.ci is None or abs(resampling.autocorrelation(logs)) <= limit:
+        return shift
+    low, high = resampling.moving_block(logs, outcome.bench.seed, level)
+    return replace(shift, ci=(min(shift.ci[0], low), max(shift.ci[1], high)))
+
+
+def _bootstrap(base: Turns, own: Turns, cell: Cell, seed: int) -> Entry:
+    """Of the ratio of total tokens by total time, in blocks where both have as many requests."""
+    times = []
+    for turns in (base, own):
+        by_block: dict[tuple[int, int], list[float]] = {}
+        for sample, of in zip(turns.samples, turns.metrics, strict=True):
+            if (e2e := of["e2e_s"]) is not None:
+                by_block.setdefault((sample.session, sample.block), []).append(e2e)
+        times.append(by_block)
+    size = max(len(of) for of in times[0].values())
+    shared = [p for p, of in times[0].items() if len(of) == size == len(times[1].get(p, []))]
+    if len(shared) < resampling.FEWEST_BLOCKS:
+        return {}
+    taken = [np.array([of[place] for place in shared]) for of in times]
+    tokens = np.full(taken[0].shape, float(cell.batch * cell.new_tokens))
+    low, high = resampling.hierarchical((tokens, tokens), (taken[0], taken[1]), seed)
+    return {"ci_bootstrap": [float(np.exp(low)), float(np.exp(high))]}
+
+
+def _firsts(own: Turns) -> list[float]:
+    """TTFT of every request."""
+    served = [sample.served for sample in own.samples if sample.served is not None]
+    if not served:
+        return own.values("ttft_s")
+    return [value for one in served for value in pooled(one.requests)["ttft_s"]]
+
+
+def _gaps(own: Turns) -> list[float]:
+    """Between every two tokens of every iteration, seconds."""
+    if own.samples[0].served is not None:
+        served = [sample.served for sample in own.samples if sample.served is not None]
+        return [gap for one in served for gap in pooled(one.requests)["itl_s"]]
+    gaps = [np.diff(np.array(s.token_ns)) / 1e9 for s in own.samples if s.metrics["e2e_s"]]
+    return [] if not gaps else np.concatenate(gaps).tolist()
+
+
+def _percentiles(values: list[float], why: str) -> Entry:
+    """Each with its bounds; null where the sample is too small to bound it."""
+    found: Entry = {}
+    reasons: dict[str, str] = {}
+    bounds: dict[str, list[float]] = {}
+    for q in PERCENTILES:
+        within = percentile_interval(values, q)
+        found[f"p{q}"] = percentile(values, q) if within else None
+        if within is None:
+            needed = max(fewest_samples(q), fewest_samples(100 - q))
+            few = f"{len(values)} samples; {needed} are the fewest that bound it at {LEVEL:.0%}"
+            reasons[f"p{q}"] = few if values else why
+        else:
+            bounds[f"p{q}"] = list(within)
+    return {**found, "ci": bounds, "samples": len(values), "reasons": reasons}

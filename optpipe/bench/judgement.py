@@ -1,0 +1,164 @@
+"""Which cells are no measurement, what this run can resolve, and the verdicts that follow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from optpipe.bench import checks
+from optpipe.bench.cells import ITSELF, Entry, Table, interval, nothing
+from optpipe.bench.clock import METRICS
+from optpipe.bench.samples import AGAIN
+from optpipe.bench.scenario import Cell
+from optpipe.bench.statistics import Shift
+from optpipe.bench.verdict import ALPHA, Evidence, primary, verdicts
+
+SECONDARY = "a secondary metric: an interval, no verdict"
+NO_PAIR = "the baseline was not resident twice: it does not fit in memory, or was ended"
+COMPARED = tuple(metric for metric in (*METRICS, "peak_bytes") if metric != "queue_s")
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What holds of a whole report, from its samples."""
+
+    table: Table
+
+    @cached_property
+    def primary(self) -> dict[Cell, tuple[str, ...]]:
+        return primary(self.table.outcome.cells)
+
+    @cached_property
+    def failures(self) -> dict[tuple[str, Cell], list[str]]:
+        """(arm, cell) -> the checks it failed there."""
+        return checks.failures(self.table.turns, self.table.outcome.floors)
+
+    @cached_property
+    def unstable(self) -> dict[Cell, str]:
+        return checks.unstable(self.table.outcome.measured.samples)
+
+    @cached_property
+    def pair(self) -> dict[tuple[Cell, str], Shift]:
+        """The two identical workers of the baseline against each other."""
+        outcome = self.table.outcome
+        found = {
+            (cell, metric): self.table.shift(AGAIN, cell, metric)[0]
+            for cell in outcome.cells
+            for metric in COMPARED
+        }
+        return {key: shift for key, shift in found.items() if shift is not None}
+
+    @cached_property
+    def unequal(self) -> dict[tuple[Cell, str], str]:
+        """Primary metrics in which they differ: whatever did that may favour any arm."""
+        bench = self.table.outcome.bench
+        tested = [(c, m) for c, m in self.pair if m in self.primary[c]]
+        family = [Evidence(shift=self.pair[key]) for key in tested]
+        found = verdicts(family, len(bench.looks), bench.delta)
+        return {
+            key: "aa_pair_differs: two identical workers of the baseline differ, "
+            f"ratio {self.pair[key].estimate:.3f}, p {verdict.p_holm:.2g}"
+            for key, verdict in zip(tested, found, strict=True)
+            if verdict.verdict in ("FASTER", "SLOWER")
+        }
+
+    @cached_property
+    def instrument(self) -> str | None:
+        """What is wrong with the clock and the harness themselves."""
+        told = self.table.outcome.instrument
+        if told is None or told["passed"]:
+            return None
+        errors = ", ".join(f"{k} {v:.1%}" for k, v in told.items() if k.endswith("_error"))
+        return f"instrument: known delays are not measured as planned: {errors}"
+
+    @property
+    def resolution(self) -> list[Entry]:
+        """One entry a cell: what two identical arms differ by."""
+        level = self.table.outcome.bench.level
+        found = []
+        for cell in self.table.outcome.cells:
+            entry = {}
+            for metric in COMPARED:
+                shift = self.pair.get((cell, metric))
+                if shift is None:
+                    why = self.table.shift(AGAIN, cell, metric)[1] or NO_PAIR
+                    why = NO_PAIR if why == "no block was run" else why
+                    entry[metric] = {**nothing(why), "half_width": None}
+                    entry[metric]["reasons"]["half_width"] = why
+                else:
+                    entry[metric] = _resolved(interval(shift, level))
+            found.append({**cell._asdict(), **entry})
+        return found
+
+    @property
+    def invalid_reasons(self) -> list[str]:
+        """Every check that failed, and where."""
+        found = [f"{arm}, {cell}: {why}" for (arm, cell), of in self.failures.items() for why in of]
+        found += [f"{cell}: {why}" for cell, why in self.unstable.items()]
+        found += [f"{cell}, {metric}: {why}" for (cell, metric), why in self.unequal.items()]
+        found += [f"{arm}: {why}" for arm, why in self.table.outcome.changed.items()]
+        return found + ([self.instrument] if self.instrument else [])
+
+    def add_verdicts(self, artifacts: Sequence[Entry]) -> None:
+        """Complete ``cells[].speedup`` of every artifact."""
+        outcome = self.table.outcome
+        family, places = [], []
+        for artifact in artifacts:
+            for cell, entry in zip(outcome.cells, artifact["cells"], strict=True):
+                for metric, speedup in entry["speedup"].items():
+                    if artifact["role"] == "baseline" or metric not in self.primary[cell]:
+                        why = ITSELF if artifact["role"] == "baseline" else SECONDARY
+                        speedup |= {"verdict": None, "reason": why}
+                        speedup["reasons"]["verdict"] = why
+                    else:
+                        family.append(self._evidence(artifact["name"], cell, metric))
+                        places.append(speedup)
+        found = verdicts(family, len(outcome.bench.looks), outcome.bench.delta)
+        for speedup, verdict in zip(places, found, strict=True):
+            speedup |= {
+                "verdict": verdict.verdict,
+                "reason": verdict.reason,
+                "p_holm": verdict.p_holm,
+                "blocks_needed": verdict.blocks_needed,
+                "mde": verdict.mde,
+            }
+            nulls = (key for key in ("p_holm", "blocks_needed", "mde") if speedup[key] is None)
+            speedup["reasons"] |= dict.fromkeys(nulls, f"{verdict.verdict}: {verdict.reason}")
+            speedup["reasons"] |= {} if verdict.verdict else {"verdict": verdict.reason}
+
+    def _evidence(self, name: str, cell: Cell, metric: str) -> Evidence:
+        shift, why = self.table.shift(name, cell, metric)
+        return Evidence(
+            shift=shift,
+            why=why,
+            invalid=self._invalid(name, cell, metric),
+            apart=name in self.table.outcome.anchored,
+        )
+
+    def _invalid(self, name: str, cell: Cell, metric: str) -> str | None:
+        """The first reason why this is no measurement."""
+        baseline = self.table.outcome.baseline
+        reasons = [*self.failures.get((name, cell), [])]
+        reasons += [f"the baseline: {why}" for why in self.failures.get((baseline, cell), [])]
+        changed = self.table.outcome.changed
+        found = (
+            *reasons,
+            changed.get(name),
+            changed.get(baseline),
+            self.unstable.get(cell),
+            self.unequal.get((cell, metric)),
+            self.instrument,
+        )
+        return next((why for why in found if why), None)
+
+
+def _resolved(entry: Entry) -> Entry:
+    """With the half width of the interval, and whether it leaves out 1."""
+    ci = entry["ci"]
+    reasons = {**entry["reasons"]}
+    if ci is None:
+        reasons["half_width"] = reasons["ci"]
+    elif not ci[0] <= 1 <= ci[1]:
+        reasons["differs"] = f"its interval excludes 1, which chance does in {ALPHA:.0%} of cells"
+    return {**entry, "half_width": (ci[1] - ci[0]) / 2 if ci else None, "reasons": reasons}

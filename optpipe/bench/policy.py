@@ -1,0 +1,71 @@
+"""How long and how often the benchmark measures, and what it calls a difference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from optpipe.bench.machine import usable_cores
+from optpipe.bench.quality import QualityConfig
+from optpipe.bench.stopping import level, looks
+from optpipe.errors import InputError
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """The key ``bench`` of a run."""
+
+    blocks: int = 12
+    """Paired repeats of every cell before the first look at the results; see `stopping.looks`."""
+    max_blocks: int = 24
+    """A cell whose intervals are still too wide at the last look ends here."""
+    half_width: float = 0.05
+    """A cell ends at a look where every primary ratio is known to this share of itself."""
+    delta: float = 0.02
+    """Ratios whose interval lies within 1 +- delta are called EQUIVALENT."""
+    warmup: int = 3
+    """Fewest untimed iterations of every arm before each cell, at least 2."""
+    warmup_s: float = 8.0
+    """Warm-up of a cell, all arms together, ends here even if an arm has not settled."""
+    budget_s: float = 120.0
+    """Time for all timed cells together; a cell stops early after a whole block, at least one."""
+    iteration_limit_s: float = 20.0
+    """An arm whose warm-up iteration takes longer is dropped from that cell, with that reason."""
+    threads: int | None = None
+    """Threads of every arm; null: the cores this process may use."""
+    dtypes: list[str] = field(default_factory=lambda: ["float32", "bfloat16"])
+    """What the baseline computes in, once for each; the first is that of all torch arms."""
+    seed: int = 0
+    """Of the token ids and of the order of the arms."""
+    quality: QualityConfig = field(default_factory=QualityConfig)
+
+    def __post_init__(self) -> None:
+        least = {"blocks": 1, "max_blocks": self.blocks, "warmup": 2, "warmup_s": 0, "budget_s": 0,
+                 "iteration_limit_s": 0, "seed": 0}  # fmt: skip
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise InputError(f"bench.{name}={getattr(self, name)}: at least {low} is needed")
+        for name in ("half_width", "delta"):
+            if not 0 < getattr(self, name) < 1:
+                raise InputError(f"bench.{name}={getattr(self, name)}: between 0 and 1 is needed")
+        if self.threads is not None and self.threads < 1:
+            raise InputError(f"bench.threads={self.threads}: at least 1, or null for all cores")
+        if not self.dtypes or len(set(self.dtypes)) < len(self.dtypes):
+            raise InputError(f"bench.dtypes={list(self.dtypes)}: one or more, each once")
+        if unknown := sorted(set(self.dtypes) - set(DTYPES)):
+            raise InputError(f"bench.dtypes: '{unknown[0]}' is not one of {', '.join(DTYPES)}")
+
+    @property
+    def thread_count(self) -> int:
+        return self.threads or usable_cores()
+
+    @property
+    def looks(self) -> tuple[int, ...]:
+        """Block counts at which a cell may end."""
+        return looks(self.blocks, self.max_blocks)
+
+    @property
+    def level(self) -> float:
+        """Level of every interval, such that all looks together keep 95 %."""
+        return level(len(self.looks))

@@ -1,0 +1,72 @@
+"""From all cells to what a user acts on: the crossover batch and a recommendation."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from optpipe.bench.verdict import FASTER
+
+ACCEPTED = ("lossless", "near", "compressed")
+"""Tiers of quality that may be recommended."""
+Entry = dict[str, Any]
+
+
+def crossover(cells: Sequence[Mapping[str, Any]]) -> Entry:
+    """The first batch of a sweep at which the whole interval of tokens/s lies below the baseline.
+
+    null, with the reason, where there is no sweep or it never happens.
+    """
+    sweeps: dict[tuple[str, int], list[Mapping[str, Any]]] = defaultdict(list)
+    for cell in cells:
+        sweeps[cell["scenario"], cell["prompt_tokens"]].append(cell)
+    sweep = max(sweeps.values(), key=lambda of: len({cell["batch"] for cell in of}), default=[])
+    batches = sorted({cell["batch"] for cell in sweep})
+    if len(batches) < 2:
+        return {"scenario": None, "batch": None, "reason": "no scenario has two batch sizes",
+                "reasons": {"scenario": "no sweep", "batch": "no sweep"}}  # fmt: skip
+    found: Entry = {"scenario": sweep[0]["scenario"], "batch": None, "reasons": {}}
+    for cell in sorted(sweep, key=lambda cell: int(cell["batch"])):
+        ci = cell["speedup"]["tokens_per_s"]["ci"]
+        if ci is not None and ci[1] < 1:
+            return {**found, "batch": cell["batch"], "reason": "tokens/s: slower from here on"}
+    why = f"tokens/s: not shown to be slower at any batch of {batches}"
+    return {**found, "reason": why, "reasons": {"batch": why}}
+
+
+def recommendation(artifacts: Sequence[Mapping[str, Any]]) -> list[Entry]:
+    """For each scenario with a verdict on speed: the fastest artifact that is good enough."""
+    found: dict[str, Entry] = {}
+    baseline, *others = artifacts
+    for index, cell in enumerate(baseline["cells"]):
+        deciding = {
+            metric
+            for artifact in others
+            for metric, speedup in artifact["cells"][index]["speedup"].items()
+            if metric != "peak_bytes" and "p_holm" in speedup
+        }
+        for metric in sorted(deciding):
+            found[cell["scenario"]] = _best(baseline, others, index, metric)
+    return [{"scenario": name, **entry} for name, entry in found.items()]
+
+
+def _best(
+    baseline: Mapping[str, Any], others: Sequence[Mapping[str, Any]], index: int, metric: str
+) -> Entry:
+    """By the lower end of the interval, so that a wide one does not win by chance."""
+    faster = {
+        artifact["name"]: speedup["ci"][0]
+        for artifact in others
+        if (speedup := artifact["cells"][index]["speedup"][metric])["verdict"] == FASTER
+    }
+    tiers = {artifact["name"]: artifact["quality"].get("tier") for artifact in others}
+    good = {name: low for name, low in faster.items() if tiers[name] in ACCEPTED}
+    if good:
+        best = max(good, key=lambda name: good[name])
+        why = f"{metric}: FASTER, at least {good[best]:.2f} times; quality is {tiers[best]}"
+        return {"artifact": best, "why": why}
+    if faster:
+        refused = ", ".join(f"'{name}' ({tiers[name] or 'unknown'})" for name in faster)
+        return {"artifact": baseline["name"], "why": f"faster but not good enough: {refused}"}
+    return {"artifact": baseline["name"], "why": f"{metric}: no artifact is shown to be faster"}

@@ -1,0 +1,74 @@
+from contextlib import contextmanager
+from functools import partial
+
+import numpy as np
+import pytest
+from simulated import CELLS, FACTS, TOLD, Machine, SimWorker
+
+from optpipe.bench import anchored, report, timing
+from optpipe.bench.anchored import Turns, probe, schedule
+from optpipe.bench.measure import BenchConfig
+from optpipe.bench.outcome import Outcome
+from optpipe.bench.resident import Residents
+
+
+def test_equal_neighbours_stay_loaded():
+    found = schedule("a", "b", 4)
+    assert found == [("a", [0]), ("b", [0, 1]), ("a", [1, 2]), ("b", [2, 3]), ("a", [3])]
+
+
+def test_the_probe_is_work():
+    assert 0 < probe() < 5
+
+
+@pytest.fixture
+def alternating(arm, monkeypatch):
+    """Two arms, never resident together, on a machine whose speed doubles half-way through."""
+    monkeypatch.setattr(timing.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(timing, "TURN_S", 0.0)
+    machine = Machine(0, sd=0.005, drift=0, bursts=0)
+    monkeypatch.setattr(anchored, "Session", partial(timing.Session, clock=machine.clock))
+    loads, judged = [], []
+
+    def pace():
+        return 1.0 if len(loads) < 5 else 2.0
+
+    monkeypatch.setattr(anchored, "probe", lambda: 0.01 * pace())
+    outcome = Outcome(
+        arms=[arm("baseline"), arm("big")],
+        cells=CELLS[:1],
+        sessions=[["baseline"], ["big"]],
+        left_out={},
+        anchored={"big"},
+        bench=BenchConfig(warmup_s=0.0),
+    )
+
+    @contextmanager
+    def reside(given, progress):
+        [one] = given
+        loads.append(one.name)
+        scale = pace() * (1.0 if one.name == "baseline" else 0.5)
+        worker = SimWorker(machine, one.name, scale)
+        yield Residents(workers={one.name: worker}, loaded={one.name: TOLD})
+
+    Turns(
+        outcome=outcome,
+        name="big",
+        number=2,
+        reside=reside,
+        judge=lambda residents: judged.append(list(residents.workers)),
+        progress=lambda *what: None,
+    ).run()
+    return outcome, loads, judged
+
+
+def test_what_the_machine_became_in_between_cancels_and_no_verdict_is_drawn(alternating):
+    outcome, loads, judged = alternating
+    assert len(loads) == 9 and judged == [["big"]]
+    found = report.build(outcome, FACTS)
+    entry = found["artifacts"][1]["cells"][0]["speedup"]["tpot_s"]
+    assert entry["ratio"] == pytest.approx(2, rel=0.02) and entry["ci"] is not None
+    assert entry["verdict"] == "INCONCLUSIVE" and "not timed side by side" in entry["reason"]
+    assert found["run"]["design"]["anchored"] == ["big"]
+    probes = {s.probe_s for s in outcome.measured.samples if s.reason is None}
+    assert np.allclose(sorted(probes), [0.01, 0.02])

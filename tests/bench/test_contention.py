@@ -1,0 +1,39 @@
+import pytest
+
+from optpipe.bench.contention import Ticks, Watch, ticks
+
+
+def watched(cpu_s=2.0, history=5):
+    watch = Watch(meter=lambda: None, cores=4)
+    for _ in range(history):
+        assert watch.disturbed("arm", 1.0, cpu_s, Ticks(busy_s=0, stolen_s=0),
+                               Ticks(busy_s=cpu_s + 0.2, stolen_s=0.04)) is None  # fmt: skip
+    return watch
+
+
+def test_an_arm_that_gets_less_of_the_cpu_than_usual_was_disturbed():
+    assert watched().disturbed("arm", 1.0, 1.4, None, None) is None
+    assert "1.30 cores where 2.00" in watched().disturbed("arm", 1.0, 1.3, None, None)
+
+
+def test_nothing_is_unusual_before_there_is_a_history():
+    assert watched(history=2).disturbed("arm", 1.0, 0.1, None, None) is None
+
+
+def test_an_arm_that_waits_is_not_judged_by_cpu_time():
+    assert watched(cpu_s=0.1).disturbed("arm", 1.0, 0.01, None, None) is None
+
+
+@pytest.mark.parametrize(
+    ("busy_s", "stolen_s", "said"),
+    [(3.1, 0.04, None), (3.3, 0.04, "other processes"), (2.2, 0.4, None), (2.2, 0.5, "hypervisor")],
+)
+def test_a_burst_of_others_above_what_is_usual(busy_s, stolen_s, said):
+    before, after = Ticks(busy_s=0, stolen_s=0), Ticks(busy_s=busy_s, stolen_s=stolen_s)
+    found = watched().disturbed("arm", 1.0, 2.0, before, after)
+    assert found is None if said is None else said in found
+
+
+def test_this_machine_tells_its_ticks():
+    found = ticks()
+    assert found is None or (found.busy_s > 0 and found.stolen_s >= 0)

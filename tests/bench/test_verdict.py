@@ -1,0 +1,79 @@
+import numpy as np
+import pytest
+
+from optpipe.bench.scenario import Cell
+from optpipe.bench.statistics import ratio
+from optpipe.bench.verdict import Evidence, primary, verdicts
+
+RNG = np.random.default_rng(0)
+
+
+def evidence(speedup, sd=0.01, n=20, **fields):
+    before = np.exp(RNG.normal(0, sd, n)) * speedup
+    return Evidence(shift=ratio(before, np.ones(n)), **fields)
+
+
+def one(given, looks=1, delta=0.02):
+    return verdicts([given], looks, delta)[0]
+
+
+@pytest.mark.parametrize(
+    ("speedup", "sd", "verdict"),
+    [
+        (1.3, 0.01, "FASTER"),
+        (0.7, 0.01, "SLOWER"),
+        (1.0, 0.005, "EQUIVALENT"),
+        (1.01, 0.002, "EQUIVALENT"),  # significant, and negligible
+        (1.0, 0.2, "INCONCLUSIVE"),
+    ],
+)
+def test_each_verdict(speedup, sd, verdict):
+    found = one(evidence(speedup, sd))
+    assert found.verdict == verdict and found.reason
+    assert (found.blocks_needed is not None) == (verdict == "INCONCLUSIVE")
+    assert found.p_holm is not None and found.mde > 0
+
+
+def test_a_failed_check_beats_any_evidence_and_leaves_the_family():
+    family = [evidence(1.3, invalid="token_count: 1 of 2"), evidence(1.3)]
+    invalid, valid = verdicts(family, 1, 0.02)
+    assert (invalid.verdict, invalid.reason) == ("INVALID", "token_count: 1 of 2")
+    assert invalid.p_holm is None
+    assert valid.p_holm == pytest.approx(2 * 0.5**20)
+
+
+def test_what_was_not_measured_has_no_verdict_but_a_reason():
+    found = one(Evidence(shift=None, why="too slow"))
+    assert (found.verdict, found.reason) == (None, "too slow")
+
+
+def test_arms_that_were_never_side_by_side_are_inconclusive_at_best():
+    found = one(evidence(1.3, apart=True))
+    assert found.verdict == "INCONCLUSIVE" and "would be FASTER" in found.reason
+
+
+def test_more_verdicts_and_more_looks_need_more_evidence():
+    weak = evidence(1.3, n=8)  # p = 0.0078
+    assert one(weak).verdict == "FASTER"
+    assert one(weak, looks=7).verdict == "INCONCLUSIVE"
+    crowd = verdicts([weak] + [evidence(1.0, 0.1, 8) for _ in range(9)], 1, 0.02)
+    assert crowd[0].verdict == "INCONCLUSIVE" and "all verdicts" in crowd[0].reason
+
+
+def test_five_blocks_are_too_few_and_it_says_how_many_are_enough():
+    found = one(evidence(2.0, n=5))
+    assert found.verdict == "INCONCLUSIVE" and "too few" in found.reason
+    assert found.blocks_needed >= 6
+
+
+def test_the_family_is_chosen_before_anything_is_measured():
+    cells = [
+        Cell("single", 1, 128, 32), Cell("batch", 2, 128, 16), Cell("batch", 8, 128, 16),
+        Cell("long_text", 1, 448, 16), Cell("long_text", 1, 896, 16), Cell("mine", 1, 8, 8),
+    ]  # fmt: skip
+    found = primary(cells)
+    assert found[cells[0]] == ("tpot_s",)
+    assert found[cells[2]] == ("tokens_per_s", "peak_bytes")
+    assert found[cells[4]] == ("ttft_s",)
+    assert found[cells[1]] == found[cells[3]] == found[cells[5]] == ()
+    assert primary([]) == {}
