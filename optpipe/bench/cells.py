@@ -33,6 +33,7 @@ FIELDS = (*METRICS, "peak_bytes")
 """What a cell holds a number of."""
 PERCENTILES = (50, 95, 99)
 NO_PEAK = "this system keeps no peak of resident memory that can be reset"
+NO_EVENTS = "this runtime has no events of the device's own; on a CPU there are none"
 ONE_NUMBER = "a single number: nothing varies from block to block"
 HAND_OVER = "one request at a time never queues: this is the hand-over between two processes"
 ITSELF = "the baseline itself"
@@ -75,6 +76,9 @@ class Table:
         """The whole entry of an arm; verdicts are added once the family of them is known."""
         own, why = self.timed(name, cell)
         values, reasons = _values(own, cell, why)
+        device = [s.device_s for s in own.samples if s.device_s is not None] if own else []
+        if not device:
+            reasons["device_s"] = why or NO_EVENTS
         if own is None:
             reasons["cpu_s"] = why
         elif cell in self.outcome.measured.stopped:
@@ -87,6 +91,7 @@ class Table:
             **served,
             "blocks": own.blocks if own else 0,
             "cpu_s": median([sample.cpu_s for sample in own.samples]) if own else None,
+            "device_s": median(device) if device else None,
             "percentiles": {
                 "ttft_s": _percentiles(_firsts(own) if own else [], why),
                 "itl_s": _percentiles(_gaps(own) if own else [], why or ONE_TOKEN),

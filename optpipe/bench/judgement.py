@@ -128,6 +128,9 @@ class Judgement:
             speedup["reasons"] |= {} if verdict.verdict else {"verdict": verdict.reason}
 
     def _evidence(self, name: str, cell: Cell, metric: str) -> Evidence:
+        own, why = self.table.timed(name, cell)
+        if own is None:
+            return Evidence(shift=None, why=why)
         shift, why = self.table.shift(name, cell, metric)
         return Evidence(
             shift=shift,

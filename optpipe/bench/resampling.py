@@ -14,9 +14,9 @@ from optpipe.bench.statistics import LEVEL, Floats, Interval
 FEWEST_BLOCKS = 30
 DEPENDENT = 0.3
 """Lag-1 autocorrelation beyond which differences of blocks are not taken as independent."""
-REPEATS = 10_000
-CHUNK = 5_000_000
-"""Values drawn at a time."""
+REPEATS, FEWEST_REPEATS = 10_000, 1_000
+DRAWS, CHUNK = 40_000_000, 2_000_000
+"""Values drawn in all, which large samples reach before REPEATS, and at a time."""
 
 
 def autocorrelation(values: Sequence[float]) -> float:
@@ -58,9 +58,10 @@ def hierarchical(
         raise ValueError(f"{blocks} blocks; a bootstrap of blocks needs {FEWEST_BLOCKS}")
     rng = np.random.default_rng([seed, blocks])
     found = []
-    per_round = max(1, CHUNK // max(a.size for a in amounts))
-    for start in range(0, REPEATS, per_round):
-        count = min(per_round, REPEATS - start)
+    size = max(a.size for a in amounts)
+    repeats, per_round = min(REPEATS, max(DRAWS // size, FEWEST_REPEATS)), max(1, CHUNK // size)
+    for start in range(0, repeats, per_round):
+        count = min(per_round, repeats - start)
         rows = rng.integers(0, blocks, (count, blocks))
         logs = [
             _throughput(amount, time, rows, rng)

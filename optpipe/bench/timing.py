@@ -172,8 +172,9 @@ class Timer:
     ) -> list[Sample]:
         """Some iterations of one arm, each on the next prompts."""
         before = self.session.meter()
-        if len(self.session.workers) > 1:
-            self._ask(name, Rewarm(ids_BS=self._prompts(prompt)))
+        rewarm = Rewarm(ids_BS=self._prompts(prompt))
+        if len(self.session.workers) > 1 and self._ask(name, rewarm) is None:
+            return []
         samples: list[Sample] = []
         start_ns = self.session.clock()
         for iteration in range(self.iterations):

@@ -40,6 +40,7 @@ class Torch(Backend):
         takes = signature(self._lm.forward).parameters
         self._cache_argument = "cache" if "cache" in takes else "past_key_values"  # before 5.24
         self._pad_B: Tensor | None = None
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     @classmethod
     def memory_bytes(cls, artifact: Artifact, dtype: str) -> int:
@@ -86,6 +87,15 @@ class Torch(Backend):
     def peak_bytes(self) -> int:
         return torch.cuda.max_memory_allocated() if self._gpu else super().peak_bytes()
 
+    def device_s(self) -> float | None:
+        """Between the events around every forward pass; they are read only here, after timing."""
+        if not self._gpu:
+            return None
+        torch.cuda.synchronize()
+        total_ms = sum(start.elapsed_time(end) for start, end in self._events)
+        self._events.clear()
+        return float(total_ms) / 1e3
+
     def _run(self, ids_BS: Ids, keep: int) -> Logits:
         """Feed tokens on top of the cache; logits of the last ``keep`` of them (0: of all)."""
         assert self._cache is not None
@@ -95,13 +105,23 @@ class Torch(Backend):
             slots = torch.arange(depth + new, device=self._pad_B.device)
             given["attention_mask"] = (slots >= self._pad_B[:, None]).long()
             given["position_ids"] = (slots[depth:] - self._pad_B[:, None]).clamp(min=0)
+        input_ids = self._tensor(ids_BS)
+        start = self._mark()
         logits: Tensor = self._lm(
-            input_ids=self._tensor(ids_BS),
-            use_cache=True,
-            logits_to_keep=keep,
-            **given,
+            input_ids=input_ids, use_cache=True, logits_to_keep=keep, **given
         ).logits
+        end = self._mark()
+        if start is not None and end is not None:
+            self._events.append((start, end))
         return logits.float().cpu().numpy()  # waits for the GPU, copies nothing on a CPU
+
+    def _mark(self) -> torch.cuda.Event | None:
+        """A time stamp in the queue of the GPU; None on a CPU."""
+        if not self._gpu:
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def _tensor(self, array: Ids) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to("cuda" if self._gpu else "cpu")

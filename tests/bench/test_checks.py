@@ -166,7 +166,7 @@ def test_an_artifact_edited_after_the_gate_is_invalid(judged):
 
 
 def test_an_instrument_that_is_off_makes_all_invalid(judged):
-    told = {"ttft_error": 0.0, "tpot_error": 0.03, "e2e_error": 0.0, "limit": 0.02, "passed": False}
+    told = {"ttft_error": 0.0, "tpot_error": 0.03, "e2e_error": 0.0, "passed": False}
     found = judged(None, instrument=told)
     assert found["run"]["design"]["instrument"] == told
     assert {e["verdict"] for e in speedups(found, "cheat").values()} == {"INVALID"}

@@ -209,6 +209,7 @@ def test_files_hold_the_same_numbers(outcome, tmp_path):
     assert len(lines) == len(given.measured.samples)
     assert lines[0]["cell"] == CELL._asdict() and lines[0]["token_ns"][0] == 21 * MS
     text = (tmp_path / "report.md").read_text()
+    assert "TPOT FASTER" in text and "## Recommendation" in text
     _, cell = entry(built, "quick")
     assert f"{cell['tpot_s'] * 1e3:.2f}" in text and "2.00 [2.00, 2.00]" in text
 

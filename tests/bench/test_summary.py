@@ -1,0 +1,54 @@
+import pytest
+
+from optpipe.bench.summary import crossover, recommendation
+
+
+def cell(batch, low, high, scenario="batch", verdict=None):
+    speedup = {"ratio": (low + high) / 2, "ci": [low, high], "verdict": verdict}
+    if verdict:
+        speedup["p_holm"] = 0.01
+    return {
+        "scenario": scenario,
+        "batch": batch,
+        "prompt_tokens": 8,
+        "speedup": {"tokens_per_s": speedup},
+    }
+
+
+def test_the_crossover_is_the_first_batch_that_is_clearly_slower():
+    sweep = [cell(8, 0.7, 0.8), cell(1, 1.2, 1.4), cell(4, 0.8, 0.95), cell(2, 0.9, 1.1)]
+    found = crossover(sweep)
+    assert (found["scenario"], found["batch"]) == ("batch", 4)
+    found = crossover([cell(1, 1.2, 1.4), cell(2, 0.9, 1.1)])
+    assert found["batch"] is None and "not shown to be slower" in found["reason"]
+    assert crossover([cell(1, 1.2, 1.4)])["reason"] == "no scenario has two batch sizes"
+    assert crossover([])["batch"] is None
+
+
+def artifact(name, low, verdict, tier):
+    return {
+        "name": name,
+        "quality": {"tier": tier},
+        "cells": [cell(4, low, low + 0.1, verdict=verdict)],
+    }
+
+
+@pytest.mark.parametrize(
+    ("others", "best", "why"),
+    [
+        ([("a", 1.2, "FASTER", "near"), ("b", 1.5, "FASTER", "lossless")], "b", "1.50 times"),
+        ([("a", 1.2, "FASTER", "near"), ("b", 1.5, "FASTER", "degraded")], "a", "near"),
+        ([("a", 1.2, "FASTER", None), ("b", 0.5, "SLOWER", "near")], "base", "'a' (unknown)"),
+        ([("a", 1.2, "INCONCLUSIVE", "near"), ("b", 0.5, "SLOWER", "near")], "base", "no artifact"),
+    ],
+)
+def test_the_recommendation_is_the_fastest_that_is_good_enough(others, best, why):
+    base = {"name": "base", "quality": {"tier": None}, "cells": [cell(4, 1.0, 1.0)]}
+    [found] = recommendation([base, *(artifact(*other) for other in others)])
+    assert (found["scenario"], found["artifact"]) == ("batch", best)
+    assert why in found["why"]
+
+
+def test_without_verdicts_there_is_nothing_to_recommend():
+    base = {"name": "base", "quality": {}, "cells": [cell(1, 1.0, 1.0)]}
+    assert recommendation([base]) == []
