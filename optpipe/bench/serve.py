@@ -23,7 +23,7 @@ from optpipe.bench import request
 from optpipe.bench.backend import Backend, Ids
 from optpipe.bench.clock import Clock, Trace
 from optpipe.bench.request import Request, Values
-from optpipe.bench.scenario import Objective
+from optpipe.bench.scenario import Objective, hash_ids
 
 LEAD_NS = 5_000_000
 """From the command to time 0 of the arrivals."""
@@ -234,6 +234,11 @@ class Serve:
     objective: Objective
     clients: int | None = None
     """Of a closed loop; None: an open one."""
+
+    @property
+    def ids_hash(self) -> str:
+        """Of all prompts, in order."""
+        return hash_ids(np.concatenate([ask.ids_S for ask in self.asks]))
 
     @property
     def longest_s(self) -> float:

@@ -92,8 +92,7 @@ class Timer:
         """Of a server: given, or the highest that the first arm, the baseline, can bear."""
         if self.load is None or self.cell in self.found.rates or not (arms := self._arms()):
             return
-        rate = self.load.rate(lambda command: self._ask(arms[0], command))
-        self.found.rates[self.cell] = rate
+        rate = self.found.rates[self.cell] = self.load.rate(lambda c: self._ask(arms[0], c))
         if rate is None and self.load.needs_rate:
             why = f"'{arms[0]}' keeps the objective at no rate that was tried"
             self.found.dropped |= {(name, self.cell): why for name in arms}
@@ -199,6 +198,7 @@ class Timer:
         )
         if self.load is not None:
             command = self.load.command(prompt, self.found.rates[self.cell])
+            self.found.prompts[self.cell][prompt] = command.ids_hash
             limit_s += command.longest_s
         answer = self._ask(name, command)
         if answer is None or answer[1] is None:
@@ -235,9 +235,8 @@ class Timer:
         worker, doing = self.session.workers[name], str(self.cell)
         try:
             submit_ns = worker.submit(command, doing)
-            limit_s = self.config.iteration_limit_s
-            limit_s += command.longest_s if isinstance(command, Serve) else 0
-            got = worker.result(doing, timeout_s=PATIENCE * limit_s)
+            longest_s = command.longest_s if isinstance(command, Serve) else 0.0
+            got = worker.result(doing, PATIENCE * (longest_s + self.config.iteration_limit_s))
         except (TimeoutError, StageError) as error:
             worker.kill()
             self.found.dead[name] = f"its process was ended in '{doing}': {error}"

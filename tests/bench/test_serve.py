@@ -1,15 +1,18 @@
 """The server: exact on a virtual clock, as queueing theory says, and honest on a real one."""
 
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from fakes import VOCAB
 
+from optpipe.bench import checks, load, timing
 from optpipe.bench.load import Load, highest_rate
+from optpipe.bench.measure import BenchConfig, Measured, Session, measure
 from optpipe.bench.request import invalid, metrics
-from optpipe.bench.scenario import Cell, Objective, Serving, hash_ids
-from optpipe.bench.serve import Arrived, Ask, Closed, Open, Serve, serve
+from optpipe.bench.scenario import Cell, Objective, Scenario, Serving, hash_ids
+from optpipe.bench.serve import Arrived, Ask, Closed, Open, Serve, Served, serve
 from optpipe.bench.worker import Worker
 
 MS = 1_000_000
@@ -169,8 +172,8 @@ CELL = Cell("server", 2, 16, 4)
 
 def made(block=0, rate=50.0, **serving):
     given = Serving(**({"requests": 20} | serving))
-    load = Load(cell=CELL, serving=given, vocab=VOCAB, seed=3, limit_s=5.0)
-    return load.command(block, rate)
+    whole = Load(cell=CELL, serving=given, vocab=VOCAB, seed=3, limit_s=5.0)
+    return whole.command(block, rate)
 
 
 def test_blocks_differ_and_arms_do_not():
@@ -233,3 +236,44 @@ def test_the_search_ends_just_below_the_highest_good_rate(start):
 def test_a_rate_that_no_search_finds():
     assert highest_rate(lambda rate: 0.0, 8.0, 0.9, steps=4) is None
     assert highest_rate(lambda rate: 1.0, 8.0, 0.9, steps=4) == 64
+
+
+def test_a_server_is_timed_block_by_block_like_any_other_cell(local, monkeypatch):
+    """Two equal arms in whole blocks: the same requests for both, at the rate of the baseline."""
+    monkeypatch.setattr(timing, "SETTLE_S", 0.0)
+    serving = Serving(requests=6, objective=Objective(ttft_s=0.05, tpot_s=None))
+    found = Measured(scenarios={"server": Scenario(serving=serving)})
+    workers = {name: local(name, prefill_s=0.004, decode_s=0.001) for name in ("baseline", "twin")}
+    session = Session(
+        number=0, workers=workers, loaded={n: w.loaded for n, w in workers.items()}, budget_s=0.5
+    )
+    measure(session, [CELL], BenchConfig(blocks=6, warmup_s=0.1), found, lambda *_: None)
+    rate = found.rates[CELL]
+    assert rate > 10 and not found.dropped and not found.dead
+    timed = [sample for sample in found.samples if sample.reason is None]
+    assert timed and {len(sample.served.requests) for sample in timed} == {6}
+    asked = {
+        name: [c.ids_hash for c in worker.asked if isinstance(c, Serve)][-len(timed) // 2 :]
+        for name, worker in workers.items()
+    }
+    assert asked["baseline"] == asked["twin"]
+    assert all(sample.metrics["ttft_sched_s"] >= 0.004 for sample in timed)
+    values, why = load.entry(timed, CELL, found)
+    assert values["rate_per_s"] == rate and values["slo"]["ttft_s"] == 0.05
+    assert values["goodput_per_s"] > 0
+    assert {name for name, value in values.items() if value is None} == why.keys()
+
+
+def test_only_most_blocks_make_a_server_invalid():
+    def sample(lost):
+        backend = Timed(Virtual(), 50)
+        done = served([ask(n) for n in range(9)], backend)
+        block = Served(
+            requests=tuple(done.requests[lost:]), events=tuple(done.events), cpu_s=0.0,
+            tokens=tuple(done.tokens), objective=LOOSE, peak_bytes=None,
+        )  # fmt: skip
+        return SimpleNamespace(served=block)
+
+    assert [*checks._served([sample(1), sample(1), sample(0), sample(0)])] == []
+    (why,) = checks._served([sample(1), sample(1), sample(0)])
+    assert why.startswith("little: ")
