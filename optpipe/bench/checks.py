@@ -146,14 +146,19 @@ def _lost(turns: Mapping[Key, Turns]) -> Iterator[tuple[Key, str]]:
 
 
 def _constant(turns: Mapping[Key, Turns]) -> Iterator[tuple[Key, str]]:
-    """The same answer to every prompt, where another arm's answers vary."""
-    for (arm, cell), own in turns.items():
-        answers = {s.prompt: s.tokens_hash for s in own.samples}
-        if len(answers) < FEWEST_PROMPTS or len(set(answers.values())) > 1:
+    """The same answer to every prompt, where another arm answers most prompts differently."""
+    counts = {key: _distinct(own.samples) for key, own in turns.items()}
+    for (arm, cell), (answers, prompts) in counts.items():
+        if prompts < FEWEST_PROMPTS or answers > 1:
             continue
-        others = (t.samples for (name, c), t in turns.items() if c == cell and name != arm)
-        if any(len({s.tokens_hash for s in of}) > 1 for of in others):
+        others = (count for (name, c), count in counts.items() if c == cell and name != arm)
+        if any(n >= FEWEST_PROMPTS and 2 * n > asked for n, asked in others):
             yield (arm, cell), "cached_response: it gives the same answer to every prompt"
+
+
+def _distinct(samples: Sequence[Sample]) -> tuple[int, int]:
+    """Different answers, and different prompts."""
+    return len({s.tokens_hash for s in samples}), len({s.prompt for s in samples})
 
 
 def _second_time(turns: Mapping[Key, Turns]) -> Iterator[tuple[Key, str]]:

@@ -11,19 +11,23 @@ import numpy as np
 from optpipe.bench import arrivals, request
 from optpipe.bench.policy import BenchConfig
 from optpipe.bench.samples import Measured, Sample
-from optpipe.bench.scenario import Cell, Serving, Texts, prompts
+from optpipe.bench.scenario import Cell, Serving, Texts, prompt_seed, prompts
 from optpipe.bench.serve import Ask, Serve, Served
 from optpipe.bench.statistics import median
 
 SEARCH_STEPS = 6
 CLOSE = 1.1
 """The search for a rate ends when it is known within this factor."""
+Answer = tuple[int, Any, int]
+"""Submitted, what a worker served, done."""
+Asking = Callable[[str, Serve], Answer | None]
+"""Asks an arm; None: it is gone."""
 ALONE = 4
 NO_RATE = "requests come as the trace or the clients have it"
 SERVED = ("goodput_per_s", "good_share", "ttft_sched_s", "itl_s", "itl_max_s", "total_tokens_per_s",
           "requests_per_s", "steady_tokens_per_s", "dispatch_lag_s", "failed")  # fmt: skip
 """Medians over the blocks of what only a server has."""
-PROBES = -1_000
+PROBES = 1_000_000
 """Blocks of the search are numbered from here: no timed block has their prompts."""
 
 
@@ -52,7 +56,7 @@ class Load:
 
     def alone(self) -> Serve:
         """A few of the longest requests, one after the other."""
-        rows = prompts(self.cell._replace(batch=ALONE), self.vocab, self.seed, PROBES, self.texts)
+        rows = prompts(self.cell._replace(batch=ALONE), self.vocab, self.seed, self.texts)
         return Serve(
             asks=tuple(Ask(0, row, self.cell.new_tokens) for row in rows),
             max_batch=1,
@@ -65,11 +69,8 @@ class Load:
     def needs_rate(self) -> bool:
         return self.serving.arrivals in ("poisson", "burst")
 
-    def rate(self, ask: Callable[[Serve], tuple[int, Any, int] | None]) -> float | None:
-        """Requests a second: given, found by asking, or None where it takes none or none will do.
-
-        ``ask`` answers with what a worker served, between two stamps; None: the worker is gone.
-        """
+    def rate(self, ask: Callable[[Serve], Answer | None]) -> float | None:
+        """Requests a second: given or found by asking; None: it takes none, or none will do."""
         if not self.needs_rate or self.serving.rate_per_s is not None:
             return self.serving.rate_per_s if self.needs_rate else None
 
@@ -81,7 +82,7 @@ class Load:
 
     def _asks(self, block: int, rate_per_s: float | None) -> list[Ask]:
         serving, cell, count = self.serving, self.cell, self.serving.requests
-        rng = np.random.default_rng([self.seed, block + 1_000_000])
+        rng = np.random.default_rng([self.seed, block])
         at_s = np.zeros(count)
         if serving.arrivals != "closed":
             assert rate_per_s is not None
@@ -89,12 +90,13 @@ class Load:
             at_s = arrivals.times_s(rate_per_s, shape, count, rng)
         given = arrivals.lengths(cell.prompt_tokens, serving.sigma, count, rng)
         wanted = arrivals.lengths(cell.new_tokens, serving.sigma, count, rng)
-        rows = prompts(cell._replace(batch=count), self.vocab, self.seed, block, self.texts)
+        seed = prompt_seed(self.seed, block)
+        rows = prompts(cell._replace(batch=count), self.vocab, seed, self.texts)
         every = zip(at_s, rows, given, wanted, strict=True)
         return [Ask(int(at * 1e9), row[:size], int(new)) for at, row, size, new in every]
 
     def _trace(self, block: int) -> list[Ask]:
-        serving, seed = self.serving, [self.seed, block + 1_000_000]
+        serving, seed = self.serving, [self.seed, block]
         rows = arrivals.read_trace(serving.trace_file, serving.scale)[: serving.requests]
         return [
             Ask(
@@ -119,6 +121,16 @@ def load_of(cell: Cell, found: Measured, vocab: int, config: BenchConfig) -> Loa
         limit_s=config.iteration_limit_s,
         texts=found.texts.get(cell.scenario),
     )
+
+
+def find_rate(load: Load, arms: Sequence[str], ask: Asking, found: Measured) -> None:
+    """Of a cell, once: given, or the highest that the first arm, the baseline, can bear."""
+    if load.cell in found.rates or not arms:
+        return
+    rate = found.rates[load.cell] = load.rate(lambda command: ask(arms[0], command))
+    if rate is None and load.needs_rate:
+        why = f"'{arms[0]}' keeps the objective at no rate that was tried"
+        found.dropped |= {(name, load.cell): why for name in arms}
 
 
 def entry(

@@ -93,7 +93,7 @@ def measure_arms(
     )
     outcome.measured.scenarios, outcome.tasks = scenarios, tasks
     outcome.measured.texts = read_texts(scenarios, baseline.artifact.path)
-    outcome.content = {arm.name: content_hash(arm.artifact.path) for arm in given}
+    outcome.content = _hashes(given)
     outcome.instrument = selftest(SHORT_RUNS)
     named = {arm.name: arm for arm in given} | {AGAIN: replace(baseline, name=AGAIN)}
     for number, names in enumerate(groups):
@@ -102,10 +102,16 @@ def measure_arms(
         else:
             for name in names:
                 _taking_turns(outcome, name, progress)
-    for arm in given:
-        if (now := content_hash(arm.artifact.path)) != (then := outcome.content[arm.name]):
-            outcome.changed[arm.name] = f"artifact_changed: {then} was loaded, {now} is there now"
+    for name, now in _hashes(given).items():
+        if now != (then := outcome.content[name]):
+            outcome.changed[name] = f"artifact_changed: {then} was loaded, {now} is there now"
     return outcome
+
+
+def _hashes(given: Sequence[Arm]) -> dict[str, str]:
+    """Of the files of every arm; arms of the same files are hashed once."""
+    found = {path: content_hash(path) for path in {arm.artifact.path for arm in given}}
+    return {arm.name: found[arm.artifact.path] for arm in given}
 
 
 def _side_by_side(outcome: Outcome, number: int, given: Sequence[Arm], progress: Progress) -> None:

@@ -17,6 +17,8 @@ from optpipe.bench.backend import Ids
 from optpipe.errors import InputError
 
 ARRIVALS = ("poisson", "burst", "closed", "trace")
+STRIDE = 1_000_003
+"""Between the seeds of two prompts."""
 BUNDLED_TRACE = Path(__file__).resolve().parent / "trace.jsonl"
 
 
@@ -181,9 +183,14 @@ def _check_trace(name: str, scenario: Scenario, serving: Serving) -> None:
             )
 
 
-def prompts(cell: Cell, vocab: int, seed: int, block: int = 0, texts: Texts | None = None) -> Ids:
-    """Token ids (batch, prompt_tokens): the same for all arms, every row and block its own."""
-    rng = np.random.default_rng([seed, cell.batch, cell.prompt_tokens, block + 1_000_000])
+def prompt_seed(seed: int, number: int) -> int:
+    """What `prompts` takes for those of a number; timing.WARM is the first number that counts."""
+    return seed + STRIDE * number
+
+
+def prompts(cell: Cell, vocab: int, seed: int, texts: Texts | None = None) -> Ids:
+    """Token ids (batch, prompt_tokens): the same for all arms, of every row and seed its own."""
+    rng = np.random.default_rng([seed, cell.batch, cell.prompt_tokens])
     if texts is not None:
         return texts.rows(cell.batch, cell.prompt_tokens, rng)
     return rng.integers(0, vocab, (cell.batch, cell.prompt_tokens), dtype=np.int64)

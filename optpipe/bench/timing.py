@@ -13,10 +13,10 @@ import numpy as np
 from optpipe.bench.backend import Ids
 from optpipe.bench.clock import Clock
 from optpipe.bench.contention import Meter, Watch, ticks
-from optpipe.bench.load import Load, load_of
+from optpipe.bench.load import Load, find_rate, load_of
 from optpipe.bench.policy import BenchConfig
 from optpipe.bench.samples import Measured, Sample
-from optpipe.bench.scenario import Cell, hash_ids, prompts
+from optpipe.bench.scenario import Cell, hash_ids, prompt_seed, prompts
 from optpipe.bench.series import Turns, collect, pairs
 from optpipe.bench.serve import Serve, Served
 from optpipe.bench.statistics import hodges_lehmann, log_ratios, median
@@ -79,26 +79,14 @@ class Timer:
     def rounds(self, budget_s: float) -> Iterator[float]:
         """Warm up, then run blocks until they suffice or the time is over; yields a share done."""
         end_ns = self.session.clock() + int(budget_s * 1e9)
-        for name, loaded in self.session.loaded.items():
-            if self.cell.tokens > loaded.capacity:
-                self.found.dropped[name, self.cell] = (
-                    f"{self.cell.tokens} tokens do not fit in its KV cache of {loaded.capacity}"
-                )
-        self.find_rate()
         yield from self.warm_up()
         yield from self._timed(end_ns)
 
-    def find_rate(self) -> None:
-        """Of a server: given, or the highest that the first arm, the baseline, can bear."""
-        if self.load is None or self.cell in self.found.rates or not (arms := self._arms()):
-            return
-        rate = self.found.rates[self.cell] = self.load.rate(lambda c: self._ask(arms[0], c))
-        if rate is None and self.load.needs_rate:
-            why = f"'{arms[0]}' keeps the objective at no rate that was tried"
-            self.found.dropped |= {(name, self.cell): why for name in arms}
-
     def warm_up(self) -> Iterator[float]:
         """Whole iterations of every arm until all have settled, or the time for it is over."""
+        self._drop_what_does_not_fit()
+        if self.load is not None:
+            find_rate(self.load, self._arms(), self._ask, self.found)
         end_ns = self.session.clock() + int(self.config.warmup_s * 1e9)
         taken: dict[str, list[float]] = defaultdict(list)
         number = 0
@@ -115,6 +103,13 @@ class Timer:
         if usual and min(usual) > 0:
             wanted = math.ceil(TURN_S / min(usual))
             self.iterations = min(max(wanted, 1), MOST_ITERATIONS)
+
+    def _drop_what_does_not_fit(self) -> None:
+        for name, loaded in self.session.loaded.items():
+            if self.cell.tokens > loaded.capacity:
+                self.found.dropped[name, self.cell] = (
+                    f"{self.cell.tokens} tokens do not fit in its KV cache of {loaded.capacity}"
+                )
 
     def _timed(self, end_ns: int) -> Iterator[float]:
         """Blocks until a look finds them enough; tainted ones are run again."""
@@ -137,6 +132,8 @@ class Timer:
                 elif self._narrow():
                     return
             yield kept / looks[-1]
+        if kept < looks[-1] and self._arms():
+            self.found.stopped[self.cell] = f"{block - kept} of {block} blocks were disturbed"
 
     def _arms(self) -> list[str]:
         """The arms that are still in this cell."""
@@ -190,16 +187,8 @@ class Timer:
 
     def _iteration(self, name: str, prompt: int, reason: str | None) -> Sample | None:
         """One iteration of one arm; None if it does not come back, which ends its process."""
-        limit_s = self.config.iteration_limit_s
-        command: Iterate | Serve = Iterate(
-            ids_BS=self._prompts(prompt),
-            new_tokens=self.cell.new_tokens,
-            limit_ns=int(limit_s * 1e9) if reason else None,
-        )
-        if self.load is not None:
-            command = self.load.command(prompt, self.found.rates[self.cell])
-            self.found.prompts[self.cell][prompt] = command.ids_hash
-            limit_s += command.longest_s
+        command, limit_s = self._command(prompt, reason), self.config.iteration_limit_s
+        limit_s += command.longest_s if isinstance(command, Serve) else 0.0
         answer = self._ask(name, command)
         if answer is None or answer[1] is None:
             return None
@@ -230,6 +219,16 @@ class Timer:
             served=got if isinstance(got, Served) else None,
         )
 
+    def _command(self, prompt: int, reason: str | None) -> Iterate | Serve:
+        """What is asked of every arm on these prompts."""
+        limit_ns = int(self.config.iteration_limit_s * 1e9) if reason else None
+        ids_BS = self._prompts(prompt)
+        if self.load is None:
+            return Iterate(ids_BS=ids_BS, new_tokens=self.cell.new_tokens, limit_ns=limit_ns)
+        command = self.load.command(prompt, self.found.rates[self.cell])
+        self.found.prompts[self.cell][prompt] = command.ids_hash
+        return command
+
     def _ask(self, name: str, command: Command) -> tuple[int, Iteration | Served, int] | None:
         """Submitted, answered, done; an arm that breaks or does not answer costs itself only."""
         worker, doing = self.session.workers[name], str(self.cell)
@@ -248,8 +247,9 @@ class Timer:
         """Token ids of this number, the same for all arms; remembers their hash."""
         known = self.found.prompts.setdefault(self.cell, {})
         if number not in self.ids:
-            seed, texts = self.config.seed, self.found.texts.get(self.cell.scenario)
-            self.ids[number] = prompts(self.cell, self.session.vocab, seed, number, texts)
+            seed, texts = prompt_seed(self.config.seed, number), self.found.texts
+            ids_BS = prompts(self.cell, self.session.vocab, seed, texts.get(self.cell.scenario))
+            self.ids[number] = ids_BS
             known[number] = hash_ids(self.ids[number])
         return self.ids[number]
 

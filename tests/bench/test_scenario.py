@@ -75,11 +75,10 @@ def test_prompts_come_from_the_seed_and_differ_between_rows():
     assert hash_ids(ids) != hash_ids(prompts(cell, 288, seed=4))
 
 
-def test_every_block_has_its_own_prompts():
+def test_every_seed_has_its_own_prompts():
     cell = Cell("batch", 4, 64, 8)
-    blocks = [prompts(cell, 288, 3, block) for block in (-1, 0, 1)]
+    blocks = [prompts(cell, 288, seed) for seed in (1, 2, 3)]
     assert len({row.tobytes() for ids in blocks for row in ids}) == 12
-    np.testing.assert_array_equal(blocks[1], prompts(cell, 288, 3))
 
 
 def texts(tmp_path, longest, name, content):
@@ -92,11 +91,11 @@ def test_prompts_of_the_user_s(tmp_path):
     found = texts(tmp_path, 4, "p.txt", "def main():\n\nimport os, sys\nreturn None\n")["own"]
     tokenizer = AutoTokenizer.from_pretrained(DEMO)
     cell = Cell("own", 3, 4, 2)
-    rows = prompts(cell, 4096, 0, 0, found)
+    rows = prompts(cell, 4096, 0, found)
     begins = {tokenizer.decode(row)[:6] for row in rows}
     assert begins == {"def ma", "import", "return"}, "every row begins at another prompt"
-    np.testing.assert_array_equal(rows, prompts(cell, 4096, 0, 0, found))
-    many = prompts(cell._replace(batch=8), 4096, 0, 0, found)
+    np.testing.assert_array_equal(rows, prompts(cell, 4096, 0, found))
+    many = prompts(cell._replace(batch=8), 4096, 0, found)
     assert len({row.tobytes() for row in many}) == 8, (
         "more rows than prompts, and still no two equal"
     )
