@@ -9,6 +9,7 @@ from argparse import ArgumentError
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hydra
 import yaml
@@ -21,6 +22,9 @@ from omegaconf.errors import OmegaConfBaseException
 from optpipe import config
 from optpipe.artifact import sweep
 from optpipe.errors import GateError, InputError, StageError, one_line
+
+if TYPE_CHECKING:
+    from optpipe.evaluate import EvalConfig
 
 log = logging.getLogger(__name__)
 USAGE = """\
@@ -94,7 +98,7 @@ def _work(cfg: DictConfig, out: Path) -> None:
     from optpipe.bench import quality
     from optpipe.bench import run as bench
     from optpipe.bench.measure import BenchConfig
-    from optpipe.bench.scenario import Scenario
+    from optpipe.bench.scenario import Scenario, read_texts
     from optpipe.bench.scenario import check as check_scenarios
     from optpipe.source import Source
 
@@ -107,11 +111,13 @@ def _work(cfg: DictConfig, out: Path) -> None:
         source: Source = config.build(cfg.model, Source, "model")
         policy: BenchConfig = config.typed(cfg.bench, BenchConfig, "bench")
         scenarios = config.build_scenarios(cfg, Scenario)
+        tasks = _tasks(cfg)
         OmegaConf.save(cfg, out / "config.yaml", resolve=True)
         steps = pipeline.check(stages, source, store)
         decoder = source.checkpoint.decoder
         check_scenarios(scenarios, decoder.context)
         folder = source.checkpoint.path
+        read_texts(scenarios, folder)
         quality.windows(folder, policy.quality, decoder.context, decoder.vocab, policy.seed)
         pipeline.check_writable(store, "store")
         pipeline.check_space(steps, source, store)
@@ -122,7 +128,18 @@ def _work(cfg: DictConfig, out: Path) -> None:
         baseline = source.prepare(store)
     artifacts = list(pipeline.run(steps, baseline))
     with pipeline.failing_as("bench"):
-        bench.run(artifacts, policy, scenarios, out, _context(cfg))
+        bench.run(artifacts, policy, scenarios, out, _context(cfg), tasks)
+
+
+def _tasks(cfg: DictConfig) -> EvalConfig | None:
+    """What to evaluate, if anything; raises InputError unless it is there."""
+    if "eval" not in cfg:
+        return None
+    from optpipe.evaluate import EvalConfig, task_manager
+
+    found: EvalConfig = config.typed(cfg.eval, EvalConfig, "eval")
+    task_manager(found)
+    return found
 
 
 @contextmanager

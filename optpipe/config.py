@@ -28,7 +28,7 @@ from optpipe.stage import Stage
 
 _PACKAGE = Path(__file__).resolve().parent
 PLAIN_KEYS = ("stages", "store")
-DATA_GROUPS = ("model", "calib", "scenario", "bench")
+DATA_GROUPS = ("model", "calib", "scenario", "bench", "eval")
 """Groups whose options are no stages."""
 
 

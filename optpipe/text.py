@@ -23,7 +23,7 @@ def tokenize(folder: Path, text: str) -> list[int]:
     """Token ids without special tokens. Raises InputError if the folder has no tokenizer."""
     if not has_tokenizer(folder):
         raise InputError(no_tokenizer(folder))
-    tokenizer = _tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     # a whole text is longer than any context; we cut it into windows ourselves
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
@@ -31,7 +31,7 @@ def tokenize(folder: Path, text: str) -> list[int]:
 
 def leading(folder: Path) -> list[int]:
     """What the tokenizer puts before every text: the begin-of-text token, or nothing."""
-    tokenizer = _tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     ids: list[int] = tokenizer("")["input_ids"]
     bos: int | None = tokenizer.bos_token_id
     return ids[:1] if bos is not None and ids[:1] == [bos] else []
@@ -39,10 +39,11 @@ def leading(folder: Path) -> list[int]:
 
 def save_fast(folder: Path, file: Path) -> None:
     """Write the tokenizer of ``folder`` as a tokenizer.json, which needs no transformers."""
-    _tokenizer(folder).backend_tokenizer.save(str(file))
+    load_tokenizer(folder).backend_tokenizer.save(str(file))
 
 
-def _tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
+    """The transformers tokenizer of a model folder. Raises InputError."""
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:

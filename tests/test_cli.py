@@ -58,7 +58,7 @@ def optpipe(monkeypatch, capsys, tmp_path):
     """Calls ``python -m optpipe`` in this process and an empty folder; nothing is measured."""
     from optpipe.bench import run as bench
 
-    def measure(artifacts, cfg, scenarios, out, context):
+    def measure(artifacts, cfg, scenarios, out, context, tasks=None):
         rows = [[artifact.name, sorted(scenarios)] for artifact in artifacts]
         (out / "report.json").write_text(json.dumps({"artifacts": rows, "context": context}))
 

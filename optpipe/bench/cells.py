@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from optpipe.bench import resampling
+from optpipe.bench import load, resampling
 from optpipe.bench.clock import METRICS, NO_STAMPS, ONE_TOKEN
 from optpipe.bench.outcome import Outcome
+from optpipe.bench.request import pooled
 from optpipe.bench.samples import AGAIN
 from optpipe.bench.scenario import Cell
 from optpipe.bench.series import Turns, collect, pairs
@@ -82,14 +83,17 @@ class Table:
             reasons["cpu_s"] = why
         elif cell in self.outcome.measured.stopped:
             reasons["blocks"] = self.outcome.measured.stopped[cell]
+        served, missing_too = load.entry(own.samples if own else [], cell, self.outcome.measured)
+        reasons |= missing_too
         return {
             **cell._asdict(),
             **values,
+            **served,
             "blocks": own.blocks if own else 0,
             "cpu_s": median([sample.cpu_s for sample in own.samples]) if own else None,
             "device_s": median(device) if device else None,
             "percentiles": {
-                "ttft_s": _percentiles(own.values("ttft_s") if own else [], why),
+                "ttft_s": _percentiles(_firsts(own) if own else [], why),
                 "itl_s": _percentiles(_gaps(own) if own else [], why or ONE_TOKEN),
             },
             "speedup": self._speedups(name, cell),
@@ -107,7 +111,7 @@ class Table:
             found = {metric: self._ratio(name, cell, metric) for metric in FIELDS}
         return {
             **found,
-            "queue_s": nothing(HAND_OVER),
+            **({} if cell in outcome.measured.rates else {"queue_s": nothing(HAND_OVER)}),
             "bytes": single(smaller, ITSELF if itself else ONE_NUMBER),
         }
 
@@ -201,8 +205,19 @@ def _bootstrap(base: Turns, own: Turns, cell: Cell, seed: int) -> Entry:
     return {"ci_bootstrap": [float(np.exp(low)), float(np.exp(high))]}
 
 
+def _firsts(own: Turns) -> list[float]:
+    """TTFT of every request."""
+    served = [sample.served for sample in own.samples if sample.served is not None]
+    if not served:
+        return own.values("ttft_s")
+    return [value for one in served for value in pooled(one.requests)["ttft_s"]]
+
+
 def _gaps(own: Turns) -> list[float]:
     """Between every two tokens of every iteration, seconds."""
+    if own.samples[0].served is not None:
+        served = [sample.served for sample in own.samples if sample.served is not None]
+        return [gap for one in served for gap in pooled(one.requests)["itl_s"]]
     gaps = [np.diff(np.array(s.token_ns)) / 1e9 for s in own.samples if s.metrics["e2e_s"]]
     return [] if not gaps else np.concatenate(gaps).tolist()
 

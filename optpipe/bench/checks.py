@@ -33,6 +33,9 @@ def failures(turns: Mapping[Key, Turns], floors: Floors) -> dict[Key, list[str]]
     """What each arm did wrong in each cell, as 'name: details'; only those that did."""
     found: dict[Key, list[str]] = defaultdict(list)
     for (arm, cell), own in turns.items():
+        if own.samples[0].served is not None:
+            found[arm, cell] += _served(own.samples)
+            continue
         checks = (
             _stamps(cell, own.samples),
             _identity(own),
@@ -44,6 +47,14 @@ def failures(turns: Mapping[Key, Turns], floors: Floors) -> dict[Key, list[str]]
     for key, why in (*_lost(turns), *_constant(turns), *_second_time(turns)):
         found[key].append(why)
     return {key: reasons for key, reasons in found.items() if reasons}
+
+
+def _served(samples: Sequence[Sample]) -> Iterator[str]:
+    """What most blocks of a server say of themselves; its requests have identities of their own."""
+    said: dict[str, list[str]] = defaultdict(list)
+    for why in (why for s in samples if s.served for why in s.served.invalid):
+        said[why.partition(":")[0]].append(why)
+    yield from (whys[0] for whys in said.values() if 2 * len(whys) > len(samples))
 
 
 def unstable(samples: Sequence[Sample]) -> dict[Cell, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from optpipe.bench.checks import Floors
 from optpipe.bench.policy import BenchConfig
@@ -11,6 +12,7 @@ from optpipe.bench.quality import Judged, Windows
 from optpipe.bench.samples import Measured
 from optpipe.bench.scenario import Cell
 from optpipe.bench.worker import Arm, Loaded
+from optpipe.evaluate import EvalConfig
 
 
 @dataclass(kw_only=True)
@@ -38,6 +40,10 @@ class Outcome:
     """Arm -> hash of the bytes of its files as they were loaded."""
     changed: dict[str, str] = field(default_factory=dict)
     """Arms whose files were not the same when all was timed and judged, and how."""
+    tasks: EvalConfig | None = None
+    """Of lm-evaluation-harness, to be run on every arm."""
+    evaluated: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Arm -> task -> what was found."""
     floors: Floors = field(default_factory=dict)
 
     @property

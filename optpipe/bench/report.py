@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from optpipe import evaluate
 from optpipe.bench import quality, tables
 from optpipe.bench.cells import Entry, Table
 from optpipe.bench.judgement import Judgement
@@ -96,6 +97,7 @@ def _artifact(arm: Arm, table: Table) -> Entry:
         **told,
         "stats": artifact.stats,
         "quality": _quality(arm.name, outcome),
+        **({"evaluation": _evaluation(arm.name, outcome)} if outcome.tasks else {}),
         "cells": [table.cell(arm.name, cell) for cell in outcome.cells],
         "reasons": {key: why for key, value in told.items() if value is None},
     }
@@ -106,6 +108,14 @@ def _role(arm: Arm, outcome: Outcome) -> str:
     if arm.name == outcome.baseline:
         return "baseline"
     return "artifact" if arm.artifact.lineage else "reference"
+
+
+def _evaluation(name: str, outcome: Outcome) -> Entry:
+    """What the user's tasks say of an arm, and of each document against the baseline."""
+    base, own = outcome.evaluated.get(outcome.baseline), outcome.evaluated.get(name)
+    why = outcome.absent(name if own is None else outcome.baseline) or "it was not evaluated"
+    found = {"tasks": own, "changes": evaluate.compare(base, own) if base and own else None}
+    return {**found, "reasons": {key: why for key, value in found.items() if value is None}}
 
 
 def _quality(name: str, outcome: Outcome) -> Entry:

@@ -16,10 +16,11 @@ from optpipe.bench.measure import BenchConfig, Session, measure
 from optpipe.bench.outcome import Outcome
 from optpipe.bench.resident import Residents, content_hash, plan_twice, reside
 from optpipe.bench.samples import AGAIN
-from optpipe.bench.scenario import Cell, Scenario, cells
+from optpipe.bench.scenario import Scenario, cells, read_texts
 from optpipe.bench.selftest import SHORT_RUNS, selftest
-from optpipe.bench.worker import Arm
+from optpipe.bench.worker import Arm, Worker
 from optpipe.errors import GateError, StageError
+from optpipe.evaluate import EvalConfig, Evaluate
 from optpipe.progress import shown
 from optpipe.stage import Progress
 
@@ -35,6 +36,7 @@ def run(
     scenarios: Mapping[str, Scenario],
     out: Path,
     context: Mapping[str, Any],
+    tasks: EvalConfig | None = None,
 ) -> dict[str, Any]:
     """Measure the artifacts of a run, the baseline first; writes report.json, .md and the samples.
 
@@ -44,7 +46,7 @@ def run(
     """
     started, start_s, host = datetime.now(UTC), time.perf_counter(), machine.describe()
     with shown("bench") as progress:
-        outcome = measure_arms(arms(artifacts, bench), bench, cells(scenarios), progress)
+        outcome = measure_arms(arms(artifacts, bench), bench, scenarios, progress, tasks)
     facts = {
         **context,
         "started": started.isoformat(timespec="seconds"),
@@ -75,7 +77,11 @@ def arms(artifacts: Sequence[Artifact], bench: BenchConfig) -> list[Arm]:
 
 
 def measure_arms(
-    given: Sequence[Arm], bench: BenchConfig, wanted: Sequence[Cell], progress: Progress
+    given: Sequence[Arm],
+    bench: BenchConfig,
+    scenarios: Mapping[str, Scenario],
+    progress: Progress,
+    tasks: EvalConfig | None = None,
 ) -> Outcome:
     """Every arm in every cell; the first arm is the baseline."""
     baseline = given[0]
@@ -83,8 +89,10 @@ def measure_arms(
     free = int(machine.available_bytes() * SHARE_OF_MEMORY)
     groups, left_out = plan_twice(sizes, free, AGAIN)
     outcome = Outcome(
-        arms=list(given), cells=list(wanted), sessions=groups, left_out=left_out, bench=bench
+        arms=list(given), cells=cells(scenarios), sessions=groups, left_out=left_out, bench=bench
     )
+    outcome.measured.scenarios, outcome.tasks = scenarios, tasks
+    outcome.measured.texts = read_texts(scenarios, baseline.artifact.path)
     outcome.content = _hashes(given)
     outcome.instrument = selftest(SHORT_RUNS)
     named = {arm.name: arm for arm in given} | {AGAIN: replace(baseline, name=AGAIN)}
@@ -157,6 +165,18 @@ def _judge(outcome: Outcome, residents: Residents, progress: Progress) -> None:
     baseline = outcome.baseline if outcome.baseline in fitting else None
     judged = quality.judge(fitting, baseline, outcome.windows, budget_s, progress)
     outcome.add(judged)
+    _evaluate(outcome, alive, progress)
+
+
+def _evaluate(outcome: Outcome, workers: Mapping[str, Worker], progress: Progress) -> None:
+    """The user's tasks, on every arm that is there; the baseline only in its first session."""
+    if outcome.tasks is None:
+        return
+    command = Evaluate(config=outcome.tasks, tokenizer=outcome.arms[0].artifact.path.resolve())
+    for index, (name, worker) in enumerate(workers.items()):
+        progress(f"evaluating {name}", index, len(workers))
+        if outcome.absent(name) is None and name not in outcome.evaluated:
+            outcome.evaluated[name] = worker.ask(command, "evaluation")
 
 
 def _whole(outcome: Outcome) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from optpipe.bench.clock import metrics
-from optpipe.bench.scenario import Cell
+from optpipe.bench.scenario import Cell, Scenario, Texts
+from optpipe.bench.serve import Served
 
 AGAIN = "baseline-again"
 """A second, identical worker of the baseline: what the two differ by is what a run can resolve."""
@@ -43,9 +45,13 @@ class Sample:
     """A fixed piece of work timed around it, where arms could not be resident together."""
     note: str | None = None
     """What happened to the machine in a tainted turn."""
+    served: Served | None = None
+    """All requests of the turn, where the cell has a server."""
 
     @property
     def metrics(self) -> dict[str, float | None]:
+        if self.served is not None:
+            return self.served.metrics
         return metrics(self.submit_ns, self.start_ns, self.token_ns, self.cell.batch)
 
 
@@ -53,6 +59,12 @@ class Sample:
 class Measured:
     """Everything the timed part of a benchmark leaves behind."""
 
+    scenarios: Mapping[str, Scenario] = field(default_factory=dict)
+    """What the cells are points of, by name."""
+    texts: Mapping[str, Texts] = field(default_factory=dict)
+    """The prompts of scenarios that have their own."""
+    rates: dict[Cell, float | None] = field(default_factory=dict)
+    """Requests a second of cells that have a server; None: they have no rate of their own."""
     samples: list[Sample] = field(default_factory=list)
     dropped: dict[tuple[str, Cell], str] = field(default_factory=dict)
     """(arm, cell) -> why it has no numbers."""

@@ -13,10 +13,12 @@ import numpy as np
 from optpipe.bench.backend import Ids
 from optpipe.bench.clock import Clock
 from optpipe.bench.contention import Meter, Watch, ticks
+from optpipe.bench.load import Load, find_rate, load_of
 from optpipe.bench.policy import BenchConfig
 from optpipe.bench.samples import Measured, Sample
-from optpipe.bench.scenario import Cell, hash_ids, prompts
+from optpipe.bench.scenario import Cell, hash_ids, prompt_seed, prompts
 from optpipe.bench.series import Turns, collect, pairs
+from optpipe.bench.serve import Serve, Served
 from optpipe.bench.statistics import hodges_lehmann, log_ratios, median
 from optpipe.bench.stopping import late_start, settled
 from optpipe.bench.worker import Command, Iterate, Iteration, Loaded, Rewarm, Worker
@@ -31,8 +33,6 @@ TURN_S = 0.05
 MOST_ITERATIONS = 50
 WARM = 1000
 """Prompts below this number are those of the warm-up."""
-STRIDE = 1_000_003
-"""Between the seeds of two prompts."""
 RERUNS = 1.5
 """Most blocks that are begun, as a multiple of those wanted: tainted ones are run again."""
 
@@ -66,6 +66,7 @@ class Timer:
     iterations: int = 1
     """In one turn of an arm."""
     watch: Watch = field(init=False)
+    load: Load | None = field(init=False)
     order: list[str] = field(default_factory=list)
     """Of the arms in the last block."""
     ids: dict[int, Ids] = field(default_factory=dict)
@@ -73,6 +74,7 @@ class Timer:
 
     def __post_init__(self) -> None:
         self.watch = Watch(meter=self.session.meter)
+        self.load = load_of(self.cell, self.found, self.session.vocab, self.config)
 
     def rounds(self, budget_s: float) -> Iterator[float]:
         """Warm up, then run blocks until they suffice or the time is over; yields a share done."""
@@ -83,6 +85,8 @@ class Timer:
     def warm_up(self) -> Iterator[float]:
         """Whole iterations of every arm until all have settled, or the time for it is over."""
         self._drop_what_does_not_fit()
+        if self.load is not None:
+            find_rate(self.load, self._arms(), self._ask, self.found)
         end_ns = self.session.clock() + int(self.config.warmup_s * 1e9)
         taken: dict[str, list[float]] = defaultdict(list)
         number = 0
@@ -183,12 +187,8 @@ class Timer:
 
     def _iteration(self, name: str, prompt: int, reason: str | None) -> Sample | None:
         """One iteration of one arm; None if it does not come back, which ends its process."""
-        limit_s = self.config.iteration_limit_s
-        command = Iterate(
-            ids_BS=self._prompts(prompt),
-            new_tokens=self.cell.new_tokens,
-            limit_ns=int(limit_s * 1e9) if reason else None,
-        )
+        command, limit_s = self._command(prompt, reason), self.config.iteration_limit_s
+        limit_s += command.longest_s if isinstance(command, Serve) else 0.0
         answer = self._ask(name, command)
         if answer is None or answer[1] is None:
             return None
@@ -216,14 +216,26 @@ class Timer:
             peak_bytes=got.peak_bytes,
             rows=got.trace.tokens_NB.shape[1],
             tokens_hash=hash_ids(got.trace.tokens_NB),
+            served=got if isinstance(got, Served) else None,
         )
 
-    def _ask(self, name: str, command: Command) -> tuple[int, Iteration, int] | None:
+    def _command(self, prompt: int, reason: str | None) -> Iterate | Serve:
+        """What is asked of every arm on these prompts."""
+        limit_ns = int(self.config.iteration_limit_s * 1e9) if reason else None
+        ids_BS = self._prompts(prompt)
+        if self.load is None:
+            return Iterate(ids_BS=ids_BS, new_tokens=self.cell.new_tokens, limit_ns=limit_ns)
+        command = self.load.command(prompt, self.found.rates[self.cell])
+        self.found.prompts[self.cell][prompt] = command.ids_hash
+        return command
+
+    def _ask(self, name: str, command: Command) -> tuple[int, Iteration | Served, int] | None:
         """Submitted, answered, done; an arm that breaks or does not answer costs itself only."""
         worker, doing = self.session.workers[name], str(self.cell)
         try:
             submit_ns = worker.submit(command, doing)
-            got = worker.result(doing, timeout_s=PATIENCE * self.config.iteration_limit_s)
+            longest_s = command.longest_s if isinstance(command, Serve) else 0.0
+            got = worker.result(doing, PATIENCE * (longest_s + self.config.iteration_limit_s))
         except (TimeoutError, StageError) as error:
             worker.kill()
             self.found.dead[name] = f"its process was ended in '{doing}': {error}"
@@ -235,8 +247,9 @@ class Timer:
         """Token ids of this number, the same for all arms; remembers their hash."""
         known = self.found.prompts.setdefault(self.cell, {})
         if number not in self.ids:
-            seed = prompt_seed(self.config.seed, number)
-            self.ids[number] = prompts(self.cell, self.session.vocab, seed)
+            seed, texts = prompt_seed(self.config.seed, number), self.found.texts
+            ids_BS = prompts(self.cell, self.session.vocab, seed, texts.get(self.cell.scenario))
+            self.ids[number] = ids_BS
             known[number] = hash_ids(self.ids[number])
         return self.ids[number]
 
@@ -272,11 +285,6 @@ class Timer:
     def _counts(self, sample: Sample) -> bool:
         same = sample.cell == self.cell and sample.session == self.session.number
         return same and sample.reason is None
-
-
-def prompt_seed(seed: int, number: int) -> int:
-    """What `scenario.prompts` takes for the prompts of a number; WARM is the first that counts."""
-    return seed + STRIDE * number
 
 
 def _half_width(before: list[float], after: list[float], level: float) -> float:

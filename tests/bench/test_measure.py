@@ -9,9 +9,9 @@ from omegaconf import OmegaConf
 from optpipe.bench import timing as module
 from optpipe.bench.measure import BenchConfig, Measured, Session, measure
 from optpipe.bench.quality import QualityConfig
-from optpipe.bench.scenario import Cell, hash_ids, prompts
+from optpipe.bench.scenario import Cell, hash_ids, prompt_seed, prompts
 from optpipe.bench.statistics import fewest_pairs
-from optpipe.bench.timing import STRIDE, WARM
+from optpipe.bench.timing import WARM
 from optpipe.bench.worker import Iterate
 from optpipe.config import typed
 from optpipe.errors import InputError
@@ -90,7 +90,7 @@ def test_all_arms_get_the_same_fresh_token_ids_and_two_blocks_share_them(local):
         for name, worker in workers.items()
     }
     numbers = [0, 1, WARM, WARM, WARM + 1, WARM + 1, WARM + 2, WARM + 2]
-    expected = [prompts(CELL, 11, 5 + STRIDE * number) for number in numbers]
+    expected = [prompts(CELL, 11, prompt_seed(5, number)) for number in numbers]
     for given in asked.values():
         np.testing.assert_array_equal(given, expected)
     assert found.prompts[CELL] == {

@@ -1,0 +1,207 @@
+"""One served request, and the metrics of many: definitions that can be checked by hand.
+
+    scheduled   submitted      started         first token          last token
+    sched ------- submit ------- start ----------- first ---------------- last
+       dispatch lag |--- queue ---|--- prefill ----|                       |
+                    |------------ TTFT ------------|--- TPOT a token ------|
+    |--------------- TTFT from schedule -----------|                       |
+                    |---------------- end to end --------------------------|
+
+All stamps are nanoseconds of one clock. TPOT leaves out the tokens of the first chunk; tools that
+count them in (as the per-token latency of the whole request) report up to twice as much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from optpipe.bench.scenario import Objective
+
+LATENCIES = ("ttft_s", "ttft_sched_s", "queue_s", "prefill_s", "tpot_s", "e2e_s")
+"""Of one request; of many, the median of those that have it."""
+RATES = ("tokens_per_s", "total_tokens_per_s", "requests_per_s", "steady_tokens_per_s",
+         "goodput_per_s")  # fmt: skip
+CLIENT_SHARE = 0.01
+"""Most of the median TTFT that the sender may be late."""
+LITTLE = 0.02
+"""Largest accepted error of Little's law."""
+Values = dict[str, float | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One request from its plan to its end."""
+
+    sched_ns: int
+    submit_ns: int
+    start_ns: int | None
+    """First work on it; None: it never started, or the server does not tell."""
+    chunks: tuple[tuple[int, int], ...]
+    """(stamp, tokens) as they reached the host; a chunk without tokens is no first token."""
+    end_ns: int
+    """The last token, or when it failed."""
+    prompt_tokens: int
+    new_tokens: int
+    """How many were asked for."""
+    error: str | None = None
+
+    def __post_init__(self) -> None:
+        """Time does not run backwards."""
+        start = [] if self.start_ns is None else [self.start_ns]
+        stamps = [self.sched_ns, self.submit_ns, *start, *(at for at, _ in self.chunks)]
+        assert all(a <= b for a, b in pairwise([*stamps, self.end_ns])), self
+
+    @property
+    def tokens(self) -> int:
+        return sum(count for _, count in self.chunks)
+
+    @property
+    def full(self) -> list[tuple[int, int]]:
+        """The chunks that hold tokens."""
+        return [chunk for chunk in self.chunks if chunk[1]]
+
+    @property
+    def gaps(self) -> list[tuple[float, int]]:
+        """(seconds a token, tokens) of each chunk after the first: the inter-token latencies."""
+        full = self.full
+        return [((at - before) / 1e9 / count, count) for (before, _), (at, count) in pairwise(full)]
+
+    def metrics(self) -> Values:
+        """Seconds; None where undefined: nothing came, one chunk has no gap, no stage marks."""
+        if self.error is not None or not self.full:
+            return dict.fromkeys(LATENCIES)
+        (first, head), last = self.full[0], self.full[-1][0]
+        start, rest = self.start_ns, self.tokens - head
+        found: Values = {
+            "ttft_s": (first - self.submit_ns) / 1e9,
+            "ttft_sched_s": (first - self.sched_ns) / 1e9,
+            "queue_s": None if start is None else (start - self.submit_ns) / 1e9,
+            "prefill_s": None if start is None else (first - start) / 1e9,
+            "tpot_s": (last - first) / 1e9 / rest if rest else None,
+            "e2e_s": (last - self.submit_ns) / 1e9,
+        }
+        return found
+
+    def good(self, objective: Objective) -> bool:
+        """Complete, and within every limit; what has no gap between tokens has no slow one."""
+        found = self.metrics()
+        if found["ttft_sched_s"] is None or self.tokens != self.new_tokens:
+            return False
+        pairs = (
+            (found["ttft_sched_s"], objective.ttft_s),
+            (found["tpot_s"], objective.tpot_s),
+            (found["e2e_s"], objective.e2e_s),
+        )
+        return all(limit is None or (value or 0) <= limit for value, limit in pairs)
+
+
+def metrics(requests: Sequence[Request], objective: Objective) -> Values:
+    """Medians of the latencies, rates over the whole block, and how well it was sent.
+
+    Rates count from the first submission to the last token. ``good_share`` is of all requests,
+    failed ones included. ``dispatch_lag_s`` is the median.
+    """
+    values = pooled(requests)
+    found: Values = {name: _median(values[name]) for name in (*LATENCIES, "itl_s")}
+    found["itl_max_s"] = max(values["itl_s"], default=None)
+    done = [r for r in requests if r.error is None and r.full]
+    found |= _rates(done, requests, objective)
+    found["good_share"] = sum(r.good(objective) for r in requests) / len(requests)
+    found["dispatch_lag_s"] = _median([(r.submit_ns - r.sched_ns) / 1e9 for r in requests])
+    found["failed"] = float(len(requests) - len(done))
+    return found
+
+
+def pooled(requests: Sequence[Request]) -> dict[str, list[float]]:
+    """Every value there is of each latency, for percentiles; of ``itl_s`` one for each token."""
+    each = [request.metrics() for request in requests]
+    found = {name: [v for one in each if (v := one[name]) is not None] for name in LATENCIES}
+    gaps = [gap for r in requests if r.error is None for gap in r.gaps]
+    return {**found, "itl_s": [value for value, count in gaps for _ in range(count)]}
+
+
+def reasons(found: Values) -> dict[str, str]:
+    """Why a metric is null."""
+    why = {
+        "tpot_s": "no request has a token after its first chunk: there is no gap to time",
+        "steady_tokens_per_s": "at no time were all requests of the block past their first token",
+        "queue_s": "no request tells when work on it began",
+    }
+    why |= {"itl_s": why["tpot_s"], "itl_max_s": why["tpot_s"], "prefill_s": why["queue_s"]}
+    none = "no request was answered"
+    lost = found["ttft_sched_s"] is None
+    return {k: none if lost else why.get(k, none) for k, v in found.items() if v is None}
+
+
+def invalid(requests: Sequence[Request], events: Sequence[tuple[int, int]]) -> list[str]:
+    """Why the numbers of a block mean nothing, if so: ``client_bound``, ``little``.
+
+    ``events``: (stamp, +1 or -1) as requests came into the system and left it, counted by the
+    server itself, so that a request which is missing among ``requests`` is noticed.
+    """
+    ttft_s = _median(pooled(requests)["ttft_s"])
+    lag_s = _median([(r.submit_ns - r.sched_ns) / 1e9 for r in requests])
+    found = []
+    if ttft_s is not None and lag_s is not None and lag_s > CLIENT_SHARE * ttft_s:
+        found.append(
+            f"client_bound: requests were sent {lag_s * 1e3:.3g} ms late (median), more than "
+            f"{CLIENT_SHARE:.0%} of the median TTFT of {ttft_s * 1e3:.3g} ms"
+        )
+    if (error := little(requests, events)) > LITTLE:
+        found.append(
+            f"little: the requests' times in the system and its load differ by {error:.1%}"
+        )
+    return found
+
+
+def little(requests: Sequence[Request], events: Sequence[tuple[int, int]]) -> float:
+    """Relative error of Little's law: sum of times in the system against the integral of its load.
+
+    Both divided by the duration: |sum E2E / T - mean concurrency| / mean concurrency.
+    """
+    ordered = sorted(events)
+    stamps = np.array([at for at, _ in ordered], dtype=np.int64)
+    load = np.cumsum([change for _, change in ordered])
+    area = float((load[:-1] * np.diff(stamps)).sum())
+    total = float(sum(r.end_ns - r.submit_ns for r in requests))
+    return abs(total - area) / area if area else float(total > 0)
+
+
+def _rates(
+    done: Sequence[Request], requests: Sequence[Request], objective: Objective
+) -> dict[str, float | None]:
+    if not done:
+        return {**dict.fromkeys(RATES), "goodput_per_s": None}
+    start = min(r.submit_ns for r in requests)
+    span_s = (max(r.end_ns for r in requests) - start) / 1e9
+    new, given = sum(r.tokens for r in done), sum(r.prompt_tokens for r in done)
+    return {
+        "tokens_per_s": new / span_s,
+        "total_tokens_per_s": (new + given) / span_s,
+        "requests_per_s": len(done) / span_s,
+        "steady_tokens_per_s": _steady(done),
+        "goodput_per_s": sum(r.good(objective) for r in requests) / span_s,
+    }
+
+
+def _steady(done: Sequence[Request]) -> float | None:
+    """Output tokens a second while every request is between its first and its last token."""
+    begin = max(r.full[0][0] for r in done)
+    end = min(r.full[-1][0] for r in done)
+    if end <= begin:
+        return None
+    return sum(_until(r, end) - _until(r, begin) for r in done) / ((end - begin) / 1e9)
+
+
+def _until(request: Request, at_ns: int) -> float:
+    """Tokens by a time, those of a chunk counted evenly since the chunk before it."""
+    stamps, counts = zip(*request.full, strict=True)
+    return float(np.interp(at_ns, stamps, np.cumsum(counts)))
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return float(np.median(values)) if len(values) else None
