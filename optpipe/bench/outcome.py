@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from optpipe.bench.measure import Measured
-from optpipe.bench.quality import Judged, Windows
+from optpipe.bench.quality import Judged, Windows, shortened
 from optpipe.bench.scenario import Cell
 from optpipe.bench.worker import Arm, Loaded
 
@@ -24,6 +24,8 @@ class Outcome:
     measured: Measured = field(default_factory=Measured)
     windows: Windows | None = None
     judged: Judged = field(default_factory=Judged)
+    invalid: list[str] = field(default_factory=list)
+    """Why none of the timings counts."""
 
     @property
     def baseline(self) -> str:
@@ -32,11 +34,8 @@ class Outcome:
     def add(self, judged: Judged) -> None:
         """Take over the quality of one session; the baseline keeps that of its first."""
         if not self.judged.windows and self.windows is not None:
-            self.judged.windows = judged.windows
-            ids_WS = self.windows.ids_WS[: judged.windows]
-            self.windows = replace(self.windows, ids_WS=ids_WS)
-        self.judged.sums = {**judged.sums, **self.judged.sums}
-        self.judged.missing = {**judged.missing, **self.judged.missing}
+            self.windows = shortened(self.windows, judged.windows)
+        self.judged.add(judged)
 
     def absent(self, name: str) -> str | None:
         """Why an arm was not there at all, if it was not."""
@@ -44,7 +43,12 @@ class Outcome:
 
     def unpaired(self, name: str) -> str | None:
         """Why an arm cannot be compared with the baseline, if it cannot."""
-        if (why := self.absent(self.baseline)) is not None:
+        dead = self.measured.dead.get(self.baseline)
+        return f"no baseline to compare with: {dead}" if dead else self.apart(name)
+
+    def apart(self, name: str) -> str | None:
+        """Why an arm and the baseline were never loaded together, if they were not."""
+        if (why := self.left_out.get(self.baseline)) is not None:
             return f"no baseline to compare with: {why}"
         together = any({name, self.baseline} <= set(session) for session in self.sessions)
         return None if together else "it does not fit in memory beside the baseline"

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from optpipe.bench import quality, tables
+from optpipe.bench import assess, tables
 from optpipe.bench.clock import LATENCIES, METRICS, ONE_TOKEN
 from optpipe.bench.measure import Sample
 from optpipe.bench.outcome import Outcome
@@ -32,7 +32,7 @@ def build(outcome: Outcome, facts: Mapping[str, Any]) -> Entry:
     """The report: what was run, then every arm with its quality and its cells."""
     return {
         "schema": SCHEMA,
-        "run": {**facts, "design": _design(outcome)},
+        "run": {**facts, "design": _design(outcome), "invalid_reasons": outcome.invalid},
         "artifacts": [_artifact(arm, outcome) for arm in outcome.arms],
     }
 
@@ -87,12 +87,19 @@ def _artifact(arm: Arm, outcome: Outcome) -> Entry:
 
 def _quality(name: str, outcome: Outcome) -> Entry:
     judged, windows = outcome.judged, outcome.windows
-    why = outcome.absent(name) or judged.missing.get(name)
+    why = outcome.left_out.get(name) or judged.missing.get(name)
     if why is not None:
-        return quality.without(why)
-    if windows is None or name not in judged.sums:
-        return quality.without("a window of the held-out text does not fit in its KV cache")
-    return quality.result(judged.sums[name], windows.is_text, outcome.unpaired(name))
+        return assess.without(why)
+    if windows is None or name not in judged.scored:
+        return assess.without("a window of the held-out text does not fit in its KV cache")
+    context = assess.Context(
+        references=[arm.name for arm in outcome.arms if not arm.artifact.lineage],
+        dtypes={arm: told.dtype for arm, told in outcome.loaded.items()},
+        is_text=windows.is_text,
+        unpaired=outcome.apart(name),
+    )
+    found = assess.entry(name, judged, context)
+    return {**found, "artifact_sha256": judged.hashes.get(name)}
 
 
 def _cell(arm: Arm, cell: Cell, outcome: Outcome) -> Entry:

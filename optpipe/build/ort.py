@@ -15,7 +15,7 @@ from optpipe.artifact import Artifact, Stats
 from optpipe.build import generate
 from optpipe.build.lower import Lowering
 from optpipe.checkpoint import Checkpoint, copy_side_files
-from optpipe.errors import InputError, one_line
+from optpipe.errors import InputError
 from optpipe.export.graph import DATA, MODEL, read
 from optpipe.export.onnx import graph_bits
 from optpipe.linear import Layers
@@ -47,7 +47,7 @@ class Ort(Stage):
         copy_side_files(source.path, out)
         shutil.copy2(str(generate.__file__), out / LOADER)
         settings = {
-            "stop_tokens": _stop_tokens(Checkpoint(source.path)),
+            "stop_tokens": Checkpoint(source.path).stop_tokens,
             "accuracy_level": self.accuracy_level,
             "onnxruntime": onnxruntime.__version__,
             "source_key": source.key,
@@ -64,7 +64,7 @@ class Ort(Stage):
                 f"GroupQueryAttention takes heads of a multiple of {multiple} dimensions, this "
                 f"model has {decoder.head_dim}; end with stages=[...,export]"
             )
-        _stop_tokens(model)
+        _ = model.stop_tokens  # raises what is wrong with them
         return str(onnxruntime.__version__)
 
     def output_bits(self, layers: Layers, rest: int, float_bits: int) -> float:
@@ -88,17 +88,3 @@ def exact_twin(engine: Path, out: Path) -> None:
                 attribute.i = 1
     (out / MODEL).write_bytes(model.SerializeToString())
     os.link(engine / DATA, out / DATA)
-
-
-def _stop_tokens(checkpoint: Checkpoint) -> list[int]:
-    file = checkpoint.path / "generation_config.json"
-    try:
-        settings = json.loads(file.read_text()) if file.is_file() else {}
-        stop = settings.get("eos_token_id")
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"'{file}' is no JSON object: {one_line(error)}") from error
-    if stop is None:
-        stop = checkpoint.config.eos_token_id
-    if stop is None:
-        return []
-    return list(stop) if isinstance(stop, list) else [stop]
