@@ -98,8 +98,7 @@ def _quality(name: str, outcome: Outcome) -> Entry:
         is_text=windows.is_text,
         unpaired=outcome.apart(name),
     )
-    found = assess.entry(name, judged, context)
-    return {**found, "artifact_sha256": judged.hashes.get(name)}
+    return assess.entry(name, judged, context)
 
 
 def _cell(arm: Arm, cell: Cell, outcome: Outcome) -> Entry:
