@@ -22,9 +22,9 @@ from optpipe.bench.quality import NO_TEXT, Judged
 
 Entry = dict[str, Any]
 OWN = ("perplexity", "nll", "positions", "deterministic", "artifact_sha256")
-PAIRED = ("kl_mean", "top1_agreement", "kl", "ppl_ratio", "delta_p", "top1_ci", "top5_overlap",
-          "flips", "serious_flips", "greedy_prefix", "output_length", "floor", "excess",
-          "tier")  # fmt: skip
+PAIRED = ("kl_mean", "top1_agreement", "kl", "kl_topk_lower", "ppl_ratio", "delta_p", "top1_ci",
+          "top5_overlap", "flips", "serious_flips", "greedy_prefix", "output_length", "floor",
+          "excess", "tier")  # fmt: skip
 """What an arm has only beside the baseline."""
 SERIOUS = 0.1
 """A flip is serious where the baseline gave its first choice this much more than its second."""
@@ -54,7 +54,7 @@ class Context:
 def entry(name: str, judged: Judged, context: Context) -> Entry:
     """All metrics of one arm, its tier, and its failures, which leave it none."""
     all_N, failures = concatenate(judged.scored[name]), [*_failures(name, judged, context)]
-    if not all_N.finite:
+    if not (_finite(name, judged) and all_N.finite):
         return {**without(failures[0]), "positions": len(all_N.nll), "failures": failures}
     nll = float(all_N.nll.mean())
     own: Entry = {
@@ -104,6 +104,7 @@ def _compared(scored: Sequence[Positions], all_N: Positions) -> Entry:
         "kl_mean": float(all_N.kl.mean()),
         "top1_agreement": agreed / count,
         "kl": _kl(scored, all_N),
+        "kl_topk_lower": float(all_N.kl_topk.mean()),
         "ppl_ratio": _ratio(delta),
         "delta_p": {
             "mean": float(delta_p_N.mean()),
@@ -126,7 +127,6 @@ def _kl(scored: Sequence[Positions], all_N: Positions) -> Entry:
         "p999": quantile(all_N.kl, 0.999),
         "max": float(all_N.kl.max()),
         "ci": None if mean.ci is None else [max(mean.ci[0], 0.0), mean.ci[1]],
-        "topk_lower": float(all_N.kl_topk.mean()),
         "by_position": [float(part.mean()) for part in parts if len(part)],
     }
     reasons = {key: FEW for key in ("p99", "p999") if found[key] is None}
@@ -224,14 +224,15 @@ def _finite(name: str, judged: Judged) -> bool:
 def _floor(found: Entry, name: str, judged: Judged, context: Context) -> Entry:
     """What the baseline differs from itself by, and how much more the arm does."""
     base, *others = context.references
-    if base not in judged.steady:
+    if base not in judged.steady or not _finite(base, judged):
         keys = ("floor", "excess")
-        why = judged.missing.get(base, "the baseline was not asked twice")
+        why = BASE_NOT_FINITE if base in judged.steady else "the baseline was not asked twice"
         return {**dict.fromkeys(keys), "reasons": dict.fromkeys(keys, why)}
     seen, reasons = [judged.steady[base].floor], {}
     if context.dtypes[name] != context.dtypes[base]:
         same = [r for r in others if context.dtypes[r] == context.dtypes[name]]
         same = [r for r in same if judged.scored.get(r) and r in judged.steady]
+        same = [r for r in same if _finite(r, judged)]  # float16 may overflow
         for other in same:
             seen += [judged.steady[other].floor, concatenate(judged.scored[other])]
         if not same:

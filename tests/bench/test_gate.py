@@ -56,7 +56,7 @@ def test_a_copy_is_lossless_in_every_number(against):
     found = assessed(against())
     assert found["tier"] == "lossless" and found["failures"] == []
     assert (found["kl_mean"], found["top1_agreement"], found["flips"]) == (0, 1, 0)
-    assert found["kl"]["ci"] == [0, 0] and found["kl"]["max"] == found["kl"]["topk_lower"] == 0
+    assert found["kl"]["ci"] == [0, 0] and found["kl"]["max"] == found["kl_topk_lower"] == 0
     assert found["ppl_ratio"] | {"reasons": {}} == {
         "ratio": 1, "ci": [1, 1], "ln": 0, "ln_ci": [0, 0], "se_ln": 0, "reasons": {},
     }  # fmt: skip
