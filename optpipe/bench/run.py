@@ -158,10 +158,10 @@ def _judge(
     fitting = {name: w for name, w in workers.items() if loaded[name].capacity >= size}
     baseline = outcome.baseline if outcome.baseline in fitting else None
     judged = quality.judge(fitting, baseline, outcome.windows, budget_s, progress)
-    cell = min(outcome.cells, key=lambda cell: cell.batch * cell.tokens)
     vocab = min(told.vocab for told in loaded.values())
-    able = {name: w for name, w in fitting.items() if loaded[name].capacity >= cell.tokens}
-    quality.expect(able, cell, vocab, bench.seed, judged)
+    for cell in sorted(outcome.cells, key=lambda cell: cell.batch * cell.tokens)[:1]:
+        able = {name: w for name, w in fitting.items() if loaded[name].capacity >= cell.tokens}
+        quality.expect(able, cell, vocab, bench.seed, judged)
     for name, worker in fitting.items():
         folder = worker.arm.artifact.path
         judged.hashes[name] = hashes[folder]

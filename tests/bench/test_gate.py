@@ -42,7 +42,8 @@ def assessed(judged, name="a", **fields):
 def report(**qualities):
     """A report of a baseline and of these artifacts."""
     arms = [{"name": name, "lineage": [name], "quality": q} for name, q in qualities.items()]
-    base = {"name": "baseline", "lineage": [], "quality": {"perplexity": 4.0, "failures": []}}
+    base_quality = assess.without("not asked") | {"perplexity": 4.0}
+    base = {"name": "baseline", "lineage": [], "quality": base_quality}
     return {"run": {"invalid_reasons": []}, "artifacts": [base, *arms]}
 
 
@@ -358,6 +359,16 @@ def test_what_is_edited_after_the_gate_is_not_what_was_judged(arm, edited):
             gate.check(built, QualityConfig())
     else:
         gate.check(built, QualityConfig())
+
+
+def test_the_table_has_a_row_for_every_arm_and_a_dash_for_what_is_undefined(against):
+    noisy, lost = assessed(against(noise=0.5)), assess.without("too large")
+    broken = assessed(against(fault="nan"))
+    rows = gate.rows(report(noisy=noisy, lost=lost, broken=broken))[1:]
+    assert {len(row) for row in rows} == {len(gate.HEADER)}
+    assert rows[0][:2] == ["noisy", "degraded"]
+    assert rows[0][3].startswith(f"{noisy['kl_mean']:.2g} [{noisy['kl']['ci'][0]:.2g}, ")
+    assert rows[1] == ["lost", *["-"] * 8] and rows[2] == ["broken", "FAIL", *["-"] * 7]
 
 
 def test_timed_tokens_must_be_those_of_the_gate():
