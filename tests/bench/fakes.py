@@ -20,7 +20,7 @@ class Fake(Backend):
     def __init__(self, artifact, threads, dtype):
         self.plan = artifact.stats
         self.capacity = self.plan.get("capacity", 64)
-        self._rng = np.random.default_rng(0)
+        self._rng, self._scored = np.random.default_rng(0), False
         if self.plan.get("fault") == "load":
             raise ValueError("no such tensor")
 
@@ -40,6 +40,7 @@ class Fake(Backend):
 
     def score(self, ids_BS):
         self._fail()
+        self._scored = True
         shape = (ids_BS.shape[1], VOCAB)
         base = np.stack([np.random.default_rng(ids).normal(size=shape) * 2 for ids in ids_BS])
         noise = np.random.default_rng(0).normal(size=base.shape)
@@ -51,6 +52,11 @@ class Fake(Backend):
         if self.plan.get("fault") == "nan":
             logits[-1, -2, 3] = np.nan
         return logits
+
+    def peak_bytes(self):
+        if self.plan.get("hoards"):  # an allocator that gives nothing back
+            return 2 if self._scored else 1
+        return super().peak_bytes()
 
     def close(self):
         pass

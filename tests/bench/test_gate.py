@@ -343,7 +343,7 @@ def test_content_is_hashed_with_its_names(tmp_path):
 
 @pytest.mark.parametrize("edited", [False, True])
 def test_what_is_edited_after_the_gate_is_not_what_was_judged(arm, edited):
-    given, bench = [arm("baseline"), arm("a")], BenchConfig(blocks=1, quality=QualityConfig())
+    given, bench = [arm("baseline"), arm("a", hoards=True)], BenchConfig(blocks=1)
 
     def progress(what, done, total):
         if what.startswith("benchmark: single") and edited:
@@ -351,6 +351,8 @@ def test_what_is_edited_after_the_gate_is_not_what_was_judged(arm, edited):
 
     found = measure_arms(given, bench, [Cell("single", 1, 4, 2)], progress)
     assert found.judged.scored.keys() == {"baseline", "a"}
+    peaks = {sample.peak_bytes for sample in found.measured.samples if sample.arm == "a"}
+    assert peaks in ({1}, {None}), "scoring must not be in the memory of a timed process"
     assert found.judged.expected.keys() == {(name, found.cells[0]) for name in ("baseline", "a")}
     assert [why.startswith("'a' was edited after the") for why in found.invalid] == [True] * edited
     built = report(a=assessed(found.judged)) | {"run": {"invalid_reasons": found.invalid}}
