@@ -51,11 +51,15 @@ class Artifact:
         return "+".join(self.lineage) or "baseline"
 
     @property
-    def size_bytes(self) -> int:
-        """Bytes of its files; while it is still being made, of whatever is in its folder."""
+    def contents(self) -> list[Path]:
+        """Its files; while it is still being made, whatever is in its folder."""
         if self.files:
-            return sum(self.files.values())
-        return sum(f.stat().st_size for f in self.path.rglob("*") if f.is_file())
+            return [self.path / name for name in sorted(self.files)]
+        return sorted(file for file in self.path.rglob("*") if file.is_file())
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(file.stat().st_size for file in self.contents)
 
     @classmethod
     def load(cls, path: Path) -> Artifact:

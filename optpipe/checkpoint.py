@@ -121,6 +121,24 @@ class Checkpoint:
             raise InputError(f"'{name}' is stored as {stored}; allowed are {', '.join(DTYPES)}")
         return DTYPES[stored]
 
+    @property
+    def stop_tokens(self) -> list[int]:
+        """The tokens that end a text; none for a model that knows no end."""
+        file = self.path / "generation_config.json"
+        try:
+            settings = json.loads(file.read_text()) if file.is_file() else {}
+            stop = settings.get("eos_token_id")
+        except (ValueError, AttributeError) as error:
+            raise InputError(f"'{file}' is no JSON object: {one_line(error)}") from error
+        if stop is None:
+            stop = self.config.eos_token_id
+        if stop is None:
+            return []
+        stops = list(stop) if isinstance(stop, list) else [stop]
+        if not all(type(token) is int for token in stops):
+            raise InputError(f"eos_token_id of '{self.path}' must be token numbers, got {stop!r}")
+        return stops
+
     def get(self, name: str) -> Tensor | None:
         """One tensor as stored, or None if there is none of that name."""
         if name not in self.files:

@@ -97,7 +97,7 @@ class Judgement:
         found = [f"{arm}, {cell}: {why}" for (arm, cell), of in self.failures.items() for why in of]
         found += [f"{cell}: {why}" for cell, why in self.unstable.items()]
         found += [f"{cell}, {metric}: {why}" for (cell, metric), why in self.unequal.items()]
-        found += [f"{arm}: {why}" for arm, why in self.table.outcome.changed.items()]
+        found += [*self.table.outcome.changed.values(), *self.table.outcome.unlike]
         return found + ([self.instrument] if self.instrument else [])
 
     def add_verdicts(self, artifacts: Sequence[Entry]) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from optpipe.bench.checks import Floors
 from optpipe.bench.policy import BenchConfig
-from optpipe.bench.quality import Judged, Windows
+from optpipe.bench.quality import Judged, Windows, shortened
 from optpipe.bench.samples import Measured
 from optpipe.bench.scenario import Cell
 from optpipe.bench.worker import Arm, Loaded
@@ -44,6 +44,8 @@ class Outcome:
     """Of lm-evaluation-harness, to be run on every arm."""
     evaluated: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Arm -> task -> what was found."""
+    unlike: list[str] = field(default_factory=list)
+    """Arms that answered otherwise when they were timed than when they were judged."""
     floors: Floors = field(default_factory=dict)
 
     @property
@@ -53,19 +55,23 @@ class Outcome:
     def add(self, judged: Judged) -> None:
         """Take over the quality of one session; the baseline keeps that of its first."""
         if not self.judged.windows and self.windows is not None:
-            self.judged.windows = judged.windows
-            ids_WS = self.windows.ids_WS[: judged.windows]
-            self.windows = replace(self.windows, ids_WS=ids_WS)
-        self.judged.sums = {**judged.sums, **self.judged.sums}
-        self.judged.missing = {**judged.missing, **self.judged.missing}
+            self.windows = shortened(self.windows, judged.windows)
+        self.judged.add(judged)
 
     def absent(self, name: str) -> str | None:
         """Why an arm was not there at all, if it was not."""
         return self.left_out.get(name) or self.broken.get(name) or self.measured.dead.get(name)
 
     def unpaired(self, name: str) -> str | None:
-        """Why an arm cannot be compared with the baseline, if it cannot."""
+        """Why the times of an arm cannot be compared with the baseline's, if they cannot."""
         if (why := self.absent(self.baseline)) is not None:
+            return f"no baseline to compare with: {why}"
+        return self.apart(name)
+
+    def apart(self, name: str) -> str | None:
+        """Why an arm and the baseline were never loaded together, if they were not."""
+        why = self.left_out.get(self.baseline) or self.broken.get(self.baseline)
+        if why is not None:
             return f"no baseline to compare with: {why}"
         together = any({name, self.baseline} <= set(session) for session in self.sessions)
         return None if together else "it does not fit in memory beside the baseline"

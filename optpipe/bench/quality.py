@@ -1,38 +1,41 @@
-"""What an artifact lost: held-out perplexity, KL divergence and top-1 agreement with the baseline.
+"""What every arm is asked before anything is timed: the same text, the same prompts, twice.
 
-Everything is computed in float64 over the whole vocabulary from float32 logits, on windows that are
-the same for all arms. Reference logits go from the baseline's worker to the others through one
-memory-mapped file, a window at a time.
+Reference logits go from the baseline's worker to the others through one memory-mapped file, a
+window at a time; what the answers are worth is in gate.py. Without a tokenizer the windows are
+sampled from the baseline, so that perplexity means something with no text at all.
 
-Shapes: N predicted positions of a window, V vocabulary.
+Shapes: W windows of S tokens, N = S - 1 predicted positions of a window, V vocabulary, P prompts.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from optpipe.bench.backend import Backend, Ids, Logits
-from optpipe.bench.scenario import hash_ids
-from optpipe.bench.worker import Worker
+from optpipe.bench.backend import Ids
+from optpipe.bench.divergence import Positions
+from optpipe.bench.questions import Compare, Greedy, Reference, Sample, Steadiness, Steady
+from optpipe.bench.scenario import Cell, hash_ids, prompts
+from optpipe.bench.worker import Command, Loaded, Worker
 from optpipe.errors import InputError, StageError
 from optpipe.stage import Progress
 
 BUNDLED = Path(__file__).resolve().parent.parent / "demo" / "heldout.txt"
-WINDOW = 1024
-ROWS = 64
-"""Positions turned to float64 at a time: a window of 128 k logits would take gigabytes."""
-METRICS = ("perplexity", "kl_mean", "top1_agreement")
-NOT_FINITE = "its logits are not all finite"
+WINDOW, SAMPLED = 1024, 128
+"""Tokens of a window: of text, and sampled from the baseline, which takes a step for each."""
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 32, 32
+"""What is continued greedily; all rows at once."""
+FLOOR_TOKENS = 128
+GREEDY_S = 8.0
+"""An arm that takes longer for its greedy tokens is judged on those it has."""
+TIERS = ("lossless", "near", "compressed")
 NO_TEXT = "the model has no tokenizer, so there is no text it could predict"
 LEAST_CHARACTERS = 64
 ANSWER_S = 600.0
@@ -41,7 +44,7 @@ ANSWER_S = 600.0
 
 @dataclass(kw_only=True)
 class QualityConfig:
-    """On what text, and how much of it."""
+    """On what text, how much of it, and what is asked of every artifact."""
 
     text: str | None = None
     """A UTF-8 file of held-out text; null: the one bundled with the demo model."""
@@ -49,6 +52,8 @@ class QualityConfig:
     """Windows of min(context, 1024) tokens, spread evenly over the text, not overlapping."""
     budget_s: float = 60.0
     """No further window is begun after this time; every arm always sees the same windows."""
+    required: str | None = None
+    """The tier every artifact must reach, 'lossless', 'near' or 'compressed'; else exit code 3."""
     max_perplexity_increase: float | None = None
     """Largest accepted rise over the baseline, 0.1 for 10 %; more makes the exit code 3."""
 
@@ -57,6 +62,10 @@ class QualityConfig:
             raise InputError(f"bench.quality.windows={self.windows}: at least 1 is needed")
         if self.text is not None:
             _check_text(Path(self.text))
+        if self.required is not None and self.required not in TIERS:
+            raise InputError(
+                f"bench.quality.required='{self.required}': allowed are null, {', '.join(TIERS)}"
+            )
         limit = self.max_perplexity_increase
         if limit is not None and limit < 0:
             raise InputError(f"bench.quality.max_perplexity_increase={limit}: at least 0 is needed")
@@ -73,83 +82,47 @@ class Windows:
 
 
 @dataclass(kw_only=True)
-class Sums:
-    """Totals over predicted positions."""
-
-    nll: float = 0.0
-    kl: float = 0.0
-    agreed: int = 0
-    positions: int = 0
-
-    def add(self, other: Sums) -> None:
-        self.nll += other.nll
-        self.kl += other.kl
-        self.agreed += other.agreed
-        self.positions += other.positions
-
-
-@dataclass(kw_only=True)
 class Judged:
     """The outcome for every arm."""
 
-    sums: dict[str, Sums] = field(default_factory=dict)
+    scored: dict[str, list[Positions]] = field(default_factory=dict)
+    """One entry a window."""
+    steady: dict[str, Steadiness] = field(default_factory=dict)
+    greedy: dict[str, Ids] = field(default_factory=dict)
+    """Greedy tokens (steps, prompts) of the held-out prompts; end-of-text does not stop them."""
     missing: dict[str, str] = field(default_factory=dict)
     """Arms without quality, and why."""
     windows: int = 0
     """Windows every arm has seen."""
+    stops: dict[str, frozenset[int]] = field(default_factory=dict)
+    """The tokens that end a text, as each arm's own files name them."""
+    faults: dict[str, list[str]] = field(default_factory=dict)
+    """What is wrong with an arm's files beside its weights."""
+    hashes: dict[str, str] = field(default_factory=dict)
+    """Of the content of each arm's files when it was judged."""
+    expected: dict[tuple[str, Cell], str] = field(default_factory=dict)
+    """Hash of what an arm answers to the prompts of a cell that is timed later."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class Reference:
-    """Ask the baseline for a window: its logits stay in ``file`` for the others."""
-
-    ids_S: Ids
-    file: Path
-
-    def __call__(self, backend: Backend) -> Sums:
-        logits_SV = backend.score(self.ids_S[None])[0]
-        np.save(self.file, logits_SV[:-1])
-        return divergence(logits_SV[:-1], logits_SV[:-1], self.ids_S[1:])
-
-
-@dataclass(frozen=True, kw_only=True)
-class Compare:
-    """Ask an arm for a window; ``file`` None: there is no baseline to compare with."""
-
-    ids_S: Ids
-    file: Path | None
-
-    def __call__(self, backend: Backend) -> Sums:
-        logits_NV = backend.score(self.ids_S[None])[0, :-1]
-        reference_NV = logits_NV if self.file is None else np.load(self.file, mmap_mode="r")
-        return divergence(reference_NV, logits_NV, self.ids_S[1:])
-
-
-def divergence(reference_NV: Logits, logits_NV: Logits, targets_N: Ids) -> Sums:
-    """NLL of the targets, KL(reference || arm) and equal arg-maxima, summed over the positions."""
-    found = Sums(positions=len(targets_N))
-    for start in range(0, len(targets_N), ROWS):
-        part = slice(start, start + ROWS)
-        log_p, log_q = _log_softmax(reference_NV[part]), _log_softmax(logits_NV[part])
-        targets = targets_N[part]
-        found.nll -= float(log_q[np.arange(len(targets)), targets].sum())
-        found.kl += float((np.exp(log_p) * (log_p - log_q)).sum())
-        found.agreed += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
-    return found
+    def add(self, later: Judged) -> None:
+        """Take over another session; an arm that was in both keeps what it had."""
+        self.windows = self.windows or later.windows
+        for item in fields(self):
+            mine, theirs = getattr(self, item.name), getattr(later, item.name)
+            if isinstance(mine, dict):
+                setattr(self, item.name, {**theirs, **mine})
 
 
 def windows(folder: Path, config: QualityConfig, capacity: int, vocab: int, seed: int) -> Windows:
     """Windows of held-out text in the model's own tokens; random ids if it has no tokenizer."""
     from optpipe.text import has_tokenizer, leading, tokenize  # imports transformers
 
-    size = min(WINDOW, capacity)
-    about: dict[str, Any] = {"window": size, "stride": size, "dtype": "float64"}
     if not has_tokenizer(folder):
+        size = min(SAMPLED, capacity)
         ids_WS = np.random.default_rng([seed, size]).integers(0, vocab, (config.windows, size))
         reasons = dict.fromkeys(("text", "bos"), NO_TEXT)
         nothing = {"text": None, "bos": None, "reasons": reasons}
-        source = {**about, "ids_hash": hash_ids(ids_WS), **nothing}
-        return Windows(ids_WS=ids_WS, source=source, is_text=False)
+        return Windows(ids_WS=ids_WS, source={**_about(ids_WS), **nothing}, is_text=False)
+    size = min(WINDOW, capacity)
     text_file = Path(config.text) if config.text else BUNDLED
     content = text_file.read_bytes()
     bos = leading(folder)
@@ -160,14 +133,58 @@ def windows(folder: Path, config: QualityConfig, capacity: int, vocab: int, seed
             f"ends at {vocab - 1}"
         )
     source = {
-        **about,
+        **_about(ids_WS),
         "text": text_file.name,
         "text_sha256": hashlib.sha256(content).hexdigest(),
-        "ids_hash": hash_ids(ids_WS),
         "bos": bos[0] if bos else None,
         "reasons": {} if bos else {"bos": "its tokenizer puts no token before a text"},
     }
     return Windows(ids_WS=ids_WS, source=source, is_text=True)
+
+
+def prepare(
+    workers: Mapping[str, Worker],
+    loaded: Mapping[str, Loaded],
+    folder: Path,
+    config: QualityConfig,
+    seed: int,
+) -> Windows:
+    """The windows of a run; the arm that holds the fewest tokens sets their size for all.
+
+    ``workers``: the baseline first, if it is there; it writes the text where there is none.
+    """
+    smallest = min(loaded, key=lambda name: loaded[name].capacity)
+    capacity, largest = loaded[smallest].capacity, max(told.capacity for told in loaded.values())
+    vocab = min(told.vocab for told in loaded.values())
+    found = windows(folder, config, capacity, vocab, seed)
+    first = next(iter(workers.values()))
+    if not found.is_text and not first.arm.artifact.lineage:
+        found = sampled(first, found, seed)
+    wanted = min(WINDOW if found.source["text"] else SAMPLED, largest)
+    if found.ids_WS.shape[1] < wanted and capacity < wanted:
+        why = f"'{smallest}' holds no more than {capacity} tokens, so no arm is judged on more"
+        reasons = {**found.source["reasons"], "window": why}
+        found = replace(found, source={**found.source, "reasons": reasons})
+    return found
+
+
+def sampled(worker: Worker, given: Windows, seed: int) -> Windows:
+    """The same windows, but what follows their first token is the baseline's own text."""
+    size = given.ids_WS.shape[1]
+    command = Sample(ids_BS=given.ids_WS[:, :1], tokens=size, seed=seed)
+    ids_WS: Ids = worker.ask(command, "sampling text", ANSWER_S)
+    source = {**given.source, **_about(ids_WS), "sampled_from": worker.arm.name}
+    return replace(given, ids_WS=ids_WS, source=source, is_text=True)
+
+
+def shortened(given: Windows, count: int) -> Windows:
+    """The windows that all arms had time for, and the reason if they are not all."""
+    if count == len(given.ids_WS):
+        return given
+    why = f"bench.quality.budget_s ended it after {count} of {len(given.ids_WS)} windows"
+    reasons = {**given.source.get("reasons", {}), "windows": why}
+    source = {**given.source, "reasons": reasons}
+    return replace(given, ids_WS=given.ids_WS[:count], source=source)
 
 
 def cut(ids: list[int], bos: list[int], size: int, most: int) -> Ids:
@@ -189,7 +206,7 @@ def judge(
     progress: Progress,
 ) -> Judged:
     """Every arm on every window, window by window; ``baseline`` None: no arm to compare with."""
-    found = Judged(sums={name: Sums() for name in workers})
+    found = Judged(scored={name: [] for name in workers})
     started_s, total = time.perf_counter(), len(given.ids_WS)
     with tempfile.TemporaryDirectory(prefix="optpipe-") as folder:
         file = Path(folder) / "reference.npy"
@@ -199,33 +216,24 @@ def judge(
             progress("benchmark: quality", number, total)
             _window(workers, baseline, ids_S, file, found)
             found.windows += 1
+    for number, name in enumerate(workers):
+        progress("benchmark: greedy tokens", number, len(workers))
+        if name not in found.missing:
+            _behaviour(workers[name], name, given.ids_WS, found)
     progress("benchmark: quality", total, total)
     return found
 
 
-def result(total: Sums, is_text: bool, unpaired: str | None) -> dict[str, Any]:
-    """The quality of one arm as the report has it: null with a reason where undefined.
-
-    ``unpaired``: why there is no baseline to compare with, if there is none.
-    """
-    values = {
-        "perplexity": _perplexity(total),
-        "kl_mean": max(total.kl / total.positions, 0.0),  # rounding may leave -1e-17
-        "top1_agreement": total.agreed / total.positions,
-    }
-    reasons = {k: NOT_FINITE for k, value in values.items() if not math.isfinite(value)}
-    if not is_text:
-        reasons["perplexity"] = NO_TEXT
-    if unpaired:
-        reasons |= {"kl_mean": unpaired, "top1_agreement": unpaired}
-    kept = {key: None if key in reasons else value for key, value in values.items()}
-    return {**kept, "positions": total.positions, "reasons": reasons}
-
-
-def without(reason: str) -> dict[str, Any]:
-    """The quality of an arm that was not judged."""
-    nothing = dict.fromkeys((*METRICS, "positions"))
-    return {**nothing, "reasons": dict.fromkeys(nothing, reason)}
+def expect(workers: Mapping[str, Worker], cell: Cell, vocab: int, seed: int, found: Judged) -> None:
+    """What each arm answers in a cell, so that the timed runs can be held against it."""
+    ids_BS = prompts(cell, vocab, seed)
+    greedy = Greedy(ids_BS=ids_BS, new_tokens=cell.new_tokens, limit_s=GREEDY_S)
+    for name, worker in workers.items():
+        if name in found.missing:
+            continue
+        made = _ask(worker, greedy, [name], found)
+        if made is not None and len(made) == cell.new_tokens:
+            found.expected[name, cell] = hash_ids(made)
 
 
 def _window(
@@ -240,12 +248,40 @@ def _window(
             if name == baseline
             else Compare(ids_S=ids_S, file=file if baseline else None)
         )
-        try:
-            found.sums[name].add(workers[name].ask(command, "quality", ANSWER_S))
-        except (TimeoutError, StageError) as error:
-            workers[name].kill()
-            lost = list(workers) if name == baseline else [name]  # no reference, no comparison
-            found.missing |= dict.fromkeys(lost, f"'{name}' was ended as it scored text: {error}")
+        lost = [*workers] if name == baseline else [name]  # no reference, no comparison
+        answer = _ask(workers[name], command, lost, found)
+        if answer is not None:
+            found.scored[name].append(answer)
+
+
+def _behaviour(worker: Worker, name: str, ids_WS: Ids, found: Judged) -> None:
+    """Whether an arm repeats itself, and what it generates."""
+    rows_BS = ids_WS[:PROMPTS, :FLOOR_TOKENS]
+    prompts_PS = ids_WS[:PROMPTS, : min(PROMPT_TOKENS, ids_WS.shape[1] // 2)]
+    new_tokens = min(NEW_TOKENS, ids_WS.shape[1] - prompts_PS.shape[1])
+    # a batch of the baseline, in each dtype, is a floor; of other arms one row shows the repeat
+    steady = Steady(ids_BS=rows_BS[:1] if worker.arm.artifact.lineage else rows_BS)
+    greedy = Greedy(ids_BS=prompts_PS, new_tokens=new_tokens, limit_s=GREEDY_S)
+    if (repeated := _ask(worker, steady, [name], found)) is not None:
+        found.steady[name] = repeated
+    if name not in found.missing and (made := _ask(worker, greedy, [name], found)) is not None:
+        found.greedy[name] = made
+
+
+def _ask(worker: Worker, command: Command, lost: Sequence[str], found: Judged) -> Any:
+    """The answer; None if the arm did not give one, which costs those in ``lost`` their quality."""
+    try:
+        return worker.ask(command, "quality", ANSWER_S)
+    except (TimeoutError, StageError) as error:
+        worker.kill()
+        why = f"'{worker.arm.name}' was ended as its quality was measured: {error}"
+        found.missing |= dict.fromkeys(lost, why)
+        return None
+
+
+def _about(ids_WS: Ids) -> dict[str, Any]:
+    size = ids_WS.shape[1]
+    return {"window": size, "stride": size, "dtype": "float64", "ids_hash": hash_ids(ids_WS)}
 
 
 def _check_text(file: Path) -> None:
@@ -256,17 +292,3 @@ def _check_text(file: Path) -> None:
         raise InputError(f"bench.quality.text='{file}' is not UTF-8 text") from error
     except OSError as error:
         raise InputError(f"bench.quality.text='{file}': {error.strerror}") from error
-
-
-def _perplexity(total: Sums) -> float:
-    try:
-        return math.exp(total.nll / total.positions)
-    except OverflowError:
-        return math.inf
-
-
-def _log_softmax(logits_NV: NDArray[Any]) -> NDArray[np.float64]:
-    shifted = logits_NV.astype(np.float64)
-    shifted -= shifted.max(-1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return shifted

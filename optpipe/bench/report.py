@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from optpipe import evaluate
-from optpipe.bench import quality, tables
+from optpipe.bench import assess, tables
 from optpipe.bench.cells import Entry, Table
 from optpipe.bench.judgement import Judgement
 from optpipe.bench.outcome import Outcome
@@ -120,9 +120,15 @@ def _evaluation(name: str, outcome: Outcome) -> Entry:
 
 def _quality(name: str, outcome: Outcome) -> Entry:
     judged, windows = outcome.judged, outcome.windows
-    why = outcome.absent(name) or judged.missing.get(name)
-    if why is not None:
-        return quality.without(why)
-    if windows is None or name not in judged.sums:
-        return quality.without("a window of the held-out text does not fit in its KV cache")
-    return quality.result(judged.sums[name], windows.is_text, outcome.unpaired(name))
+    absent = outcome.left_out.get(name) or outcome.broken.get(name)
+    if (why := absent or judged.missing.get(name)) is not None:
+        return assess.without(why)
+    if windows is None or name not in judged.scored:
+        return assess.without("a window of the held-out text does not fit in its KV cache")
+    context = assess.Context(
+        references=[arm.name for arm in outcome.arms if not arm.artifact.lineage],
+        dtypes={arm: told.dtype for arm, told in outcome.loaded.items()},
+        is_text=windows.is_text,
+        unpaired=outcome.apart(name),
+    )
+    return assess.entry(name, judged, context)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from optpipe.artifact import MANIFEST
 from optpipe.bench.worker import Arm, Loaded, Worker
 from optpipe.errors import StageError
 from optpipe.stage import Progress
@@ -85,17 +82,6 @@ def plan_twice(
         return once
     groups = [[baseline, again, *g[1:]] if g[0] == baseline else g for g in twice[0]]
     return groups, twice[1]
-
-
-def content_hash(folder: Path) -> str:
-    """Of every byte an artifact is made of, the manifest aside, and of the names of its files."""
-    total = hashlib.sha256()
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        if file.name != MANIFEST:
-            total.update(str(file.relative_to(folder)).encode())
-            with file.open("rb") as stream:
-                total.update(hashlib.file_digest(stream, "sha256").digest())
-    return total.hexdigest()[:16]
 
 
 @contextmanager

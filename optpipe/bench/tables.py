@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from optpipe.bench import gate
+
 Row = list[str]
 NONE = "-"
 SPEED = ("artifact", "MB", "ppl", "KL", "TTFT ms", "TPOT ms", "tok/s", "peak MB",
@@ -65,6 +67,9 @@ def markdown(report: Mapping[str, Any]) -> str:
     parts += [f"## {title}\n\n{text}" for title, text in _conclusions(report) if text]
     parts += ["## What was claimed, what is there", _markdown_table(SIZES, _size_rows(report))]
     parts += [f"## Quality\n\n{_quality_line(run['design']['quality'])}"]
+    parts += [_markdown_table(gate.HEADER, gate.rows(report))]
+    less = run["design"]["quality"]["reasons"]
+    parts += [f"Less text than asked for: {less[k]}." for k in ("window", "windows") if k in less]
     if reasons := sorted(set(_reasons(report))):
         parts += ["## What is missing, and why", "\n".join(f"- {line}" for line in reasons)]
     parts += ["## What these numbers do not include", "\n".join(f"- {n}" for n in NOT_INCLUDED)]
@@ -165,20 +170,26 @@ def _reasons(report: Mapping[str, Any]) -> Iterator[str]:
     """Every null of the tables with its reason, the same reason once for each artifact and cell."""
     for artifact in report["artifacts"]:
         name = short(artifact)
-        for field, why in {**artifact["reasons"], **artifact["quality"]["reasons"]}.items():
-            yield f"{name}, {field}: {why}"
+        for reasons in (artifact["reasons"], artifact["quality"]["reasons"]):
+            yield from (f"{name}, {fields}: {why}" for fields, why in _grouped(reasons))
         for cell in artifact["cells"]:
             where = f"{cell['scenario']} {cell['batch']} x {cell['prompt_tokens']}"
-            for why in {*cell["reasons"].values()}:
-                fields = ", ".join(f for f, w in cell["reasons"].items() if w == why)
+            for fields, why in _grouped(cell["reasons"]):
                 whose = where if fields == "blocks" else f"{name}, {where}"  # of all arms alike
                 yield f"{whose}, {fields}: {why}"
+
+
+def _grouped(reasons: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Each reason once, with all the fields it is given for."""
+    for why in dict.fromkeys(reasons.values()):
+        yield ", ".join(field for field, given in reasons.items() if given == why), why
 
 
 def _quality_line(about: Mapping[str, Any]) -> str:
     if not about["windows"]:
         return "No arm was left to judge."
-    source = f"`{about['text']}`" if about["text"] else "random token ids"
+    sampled = "text sampled from the baseline" if "sampled_from" in about else "random token ids"
+    source = f"`{about['text']}`" if about["text"] else sampled
     return (
         f"{about['windows']} windows of {about['window']} tokens of {source}, not overlapping; "
         "perplexity of every token but the first of a window; KL(baseline || artifact) over the "

@@ -15,7 +15,7 @@ from optpipe.artifact import Artifact, Stats
 from optpipe.build import generate
 from optpipe.build.lower import Lowering
 from optpipe.checkpoint import Checkpoint, copy_side_files
-from optpipe.errors import InputError, one_line
+from optpipe.errors import InputError
 from optpipe.export.graph import DATA, MODEL, read
 from optpipe.export.onnx import graph_bits, rotated_dims
 from optpipe.linear import Layers
@@ -50,7 +50,7 @@ class Ort(Stage):
             save_fast(source.path, out / "tokenizer.json")
         shutil.copy2(str(generate.__file__), out / LOADER)
         settings = {
-            "stop_tokens": _stop_tokens(Checkpoint(source.path)),
+            "stop_tokens": Checkpoint(source.path).stop_tokens,
             "accuracy_level": self.accuracy_level,
             "onnxruntime": onnxruntime.__version__,
             "source_key": source.key,
@@ -68,7 +68,7 @@ class Ort(Stage):
                 f" of 16 rotate; this model has {decoder.head_dim}, {rotated} rotate; end with "
                 "stages=[...,export]"
             )
-        _stop_tokens(model)
+        _ = model.stop_tokens  # raises what is wrong with them
         return str(onnxruntime.__version__)
 
     def output_bits(self, layers: Layers, rest: int, float_bits: int) -> float:
@@ -95,20 +95,3 @@ def exact_twin(engine: Path, out: Path) -> None:
         os.link(engine / DATA, out / DATA)
     except OSError:  # a file system without links
         shutil.copyfile(engine / DATA, out / DATA)
-
-
-def _stop_tokens(checkpoint: Checkpoint) -> list[int]:
-    file = checkpoint.path / "generation_config.json"
-    try:
-        settings = json.loads(file.read_text()) if file.is_file() else {}
-        stop = settings.get("eos_token_id")
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"'{file}' is no JSON object: {one_line(error)}") from error
-    if stop is None:
-        stop = checkpoint.config.eos_token_id
-    if stop is None:
-        return []
-    stops = list(stop) if isinstance(stop, list) else [stop]
-    if not all(type(token) is int for token in stops):
-        raise InputError(f"eos_token_id of '{checkpoint.path}' must be token numbers, got {stop!r}")
-    return stops

@@ -20,6 +20,7 @@ class Fake(Backend):
     def __init__(self, artifact, threads, dtype):
         self.plan = artifact.stats
         self.capacity = self.plan.get("capacity", 64)
+        self._rng, self._scored = np.random.default_rng(0), False
         if self.plan.get("fault") == "load":
             raise ValueError("no such tensor")
         if self.plan.get("fault") == "die_loading":
@@ -41,10 +42,23 @@ class Fake(Backend):
 
     def score(self, ids_BS):
         self._fail()
-        rng = np.random.default_rng(ids_BS.ravel())
-        base = rng.normal(size=(*ids_BS.shape, VOCAB)) * 2
+        self._scored = True
+        shape = (ids_BS.shape[1], VOCAB)
+        base = np.stack([np.random.default_rng(ids).normal(size=shape) * 2 for ids in ids_BS])
         noise = np.random.default_rng(0).normal(size=base.shape)
-        return (base + self.plan.get("noise", 0.0) * noise).astype(np.float32)
+        if self.plan.get("fault") == "moody":
+            noise, self.plan["noise"] = self._rng.normal(size=base.shape), 0.1
+        if len(ids_BS) > 1:  # a kernel of its own for batches
+            base = base + self.plan.get("batch_noise", 0.0) * noise
+        logits = (base + self.plan.get("noise", 0.0) * noise).astype(np.float32)
+        if self.plan.get("fault") == "nan":
+            logits[-1, -2, 3] = np.nan
+        return logits
+
+    def peak_bytes(self):
+        if self.plan.get("hoards"):  # an allocator that gives nothing back
+            return 2 if self._scored else 1
+        return super().peak_bytes()
 
     def close(self):
         pass

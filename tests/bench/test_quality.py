@@ -1,101 +1,66 @@
-import math
-
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from optpipe.artifact import Artifact
 from optpipe.bench import quality
 from optpipe.bench.backend import open_backend
-from optpipe.bench.quality import Compare, QualityConfig, Reference, Sums, Windows, cut, divergence
+from optpipe.bench.divergence import concatenate
+from optpipe.bench.quality import Judged, QualityConfig, Windows, cut
+from optpipe.bench.questions import Compare, Greedy, Reference, Sample, Steady
+from optpipe.bench.scenario import Cell, hash_ids, prompts
 from optpipe.errors import InputError
 
 
-def random_logits(positions, vocab, seed, scale=3.0):
-    rng = np.random.default_rng(seed)
-    return (scale * rng.normal(size=(positions, vocab))).astype(np.float32)
-
-
-def judged(workers, baseline="base", budget_s=60.0, count=3):
+def judged(workers, baseline="baseline", budget_s=60.0, count=3):
     rng = np.random.default_rng(0)
     ids_WS = rng.integers(0, 11, (count, 20))
     given = Windows(ids_WS=ids_WS, source={}, is_text=True)
     return quality.judge(workers, baseline, given, budget_s, lambda *_: None)
 
 
-@pytest.mark.parametrize("positions", [1, 64, 150])
-def test_sums_are_those_of_torch_in_float64(positions):
-    p, q = random_logits(positions, 97, 0), random_logits(positions, 97, 1)
-    targets = np.random.default_rng(2).integers(0, 97, positions)
-    found = divergence(p, q, targets)
-    left, right = (torch.from_numpy(x).double() for x in (p, q))
-    log_p, log_q = left.log_softmax(-1), right.log_softmax(-1)
-    kl = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="sum")
-    nll = torch.nn.functional.cross_entropy(right, torch.from_numpy(targets), reduction="sum")
-    assert found.kl == pytest.approx(kl.item(), rel=1e-9)
-    assert found.nll == pytest.approx(nll.item(), rel=1e-9)
-    assert found.agreed == int((left.argmax(-1) == right.argmax(-1)).sum())
-    assert found.positions == positions
-
-
-def test_a_model_does_not_diverge_from_itself_even_with_extreme_logits():
-    p = random_logits(70, 50, 0, scale=200.0)
-    found = divergence(p, p.copy(), np.zeros(70, np.int64))
-    assert found.kl == 0 and found.agreed == 70
-
-
-@given(st.integers(0, 10_000), st.floats(0.01, 50))
-def test_kl_is_never_negative_and_a_constant_does_not_matter(seed, scale):
-    p, q = random_logits(5, 23, seed, scale), random_logits(5, 23, seed + 1, scale)
-    targets = np.zeros(5, np.int64)
-    found = divergence(p, q, targets)
-    assert found.kl >= 0
-    assert divergence(p + 64, q, targets).kl == pytest.approx(found.kl, rel=1e-3, abs=1e-4)
-
-
 def test_more_noise_is_more_divergence_and_less_agreement(local):
     noises = [0.0, 0.1, 0.5, 2.0]
-    workers = {"base": local("base")} | {str(n): local(str(n), noise=n) for n in noises}
-    sums = judged(workers).sums
-    kl = [sums[str(n)].kl for n in noises]
-    agreed = [sums[str(n)].agreed for n in noises]
+    workers = {"baseline": local("baseline")}
+    workers |= {str(n): local(str(n), noise=n) for n in noises}
+    scored = judged(workers).scored
+    all_N = [concatenate(scored[str(n)]) for n in noises]
+    kl = [positions.kl.sum() for positions in all_N]
+    agreed = [positions.agrees.sum() for positions in all_N]
     assert kl[0] == 0 and kl == sorted(kl) and len(set(kl)) == 4
     assert agreed == sorted(agreed, reverse=True) and agreed[0] == 3 * 19
 
 
 def test_all_arms_see_the_same_windows_when_time_runs_out(local):
-    workers = {name: local(name) for name in ("base", "other")}
+    workers = {name: local(name) for name in ("baseline", "other")}
     found = judged(workers, budget_s=0.0)
     assert found.windows == 1
-    assert {total.positions for total in found.sums.values()} == {19}
+    assert {len(windows) for windows in found.scored.values()} == {1}
+    given = Windows(ids_WS=np.zeros((3, 20), np.int64), source={}, is_text=True)
+    kept = quality.shortened(given, 1)
+    assert len(kept.ids_WS) == 1 and "after 1 of 3" in kept.source["reasons"]["windows"]
+    assert quality.shortened(given, 3) is given
 
 
 def test_an_arm_that_is_lost_has_a_reason_and_the_others_their_numbers(local):
-    workers = {"base": local("base"), "a": local("a", fault="hang"), "b": local("b")}
+    workers = {"baseline": local("baseline"), "a": local("a", fault="hang"), "b": local("b")}
     found = judged(workers)
     assert "'a' was ended" in found.missing["a"] and workers["a"].killed
-    assert found.sums["b"].positions == 3 * 19
+    assert len(found.scored["b"]) == 3
+    assert found.steady.keys() == found.greedy.keys() == {"baseline", "b"}
 
 
 def test_without_the_baseline_there_is_no_comparison(local):
-    workers = {"base": local("base", fault="hang"), "a": local("a")}
-    assert judged(workers).missing.keys() == {"base", "a"}, "no stale reference"
+    workers = {"baseline": local("baseline", fault="hang"), "a": local("a")}
+    assert judged(workers).missing.keys() == {"baseline", "a"}, "no stale reference"
     alone = judged({"a": local("a", noise=1.0)}, baseline=None)
-    assert alone.sums["a"].positions == 3 * 19
+    assert len(alone.scored["a"]) == 3
 
 
-def test_undefined_is_null_with_a_reason():
-    total = Sums(nll=math.nan, kl=0.5, agreed=9, positions=10)
-    found = quality.result(total, is_text=True, unpaired=None)
-    assert found["perplexity"] is None and "finite" in found["reasons"]["perplexity"]
-    assert (found["kl_mean"], found["top1_agreement"]) == (0.05, 0.9)
-    found = quality.result(Sums(nll=10, positions=10), is_text=False, unpaired="no room")
-    assert (found["perplexity"], found["kl_mean"], found["top1_agreement"]) == (None, None, None)
-    assert found["reasons"].keys() == {"perplexity", "kl_mean", "top1_agreement"}
-    overflow = quality.result(Sums(nll=1e9, positions=1), is_text=True, unpaired=None)
-    assert overflow["perplexity"] is None
+def test_what_an_earlier_session_found_stays():
+    first = Judged(windows=2, hashes={"a": "1"}, missing={"b": "late"})
+    first.add(Judged(windows=3, hashes={"a": "2", "c": "3"}))
+    assert first == Judged(windows=2, hashes={"a": "1", "c": "3"}, missing={"b": "late"})
 
 
 def test_perplexity_is_that_of_the_text_given_the_window_so_far(tiny, tmp_path):
@@ -112,8 +77,50 @@ def test_perplexity_is_that_of_the_text_given_the_window_so_far(tiny, tmp_path):
     ids = torch.from_numpy(ids_S)[None]
     with torch.inference_mode():
         loss = lm(input_ids=ids, labels=ids).loss.item()
-    assert reference.nll / reference.positions == pytest.approx(loss, rel=1e-5)
-    assert again == reference and again.kl == 0 and again.agreed == again.positions == 99
+    assert reference.nll.mean() == pytest.approx(loss, rel=1e-5) and len(again.nll) == 99
+    assert (again.nll == reference.nll).all() and (again.kl == 0).all() and again.agrees.all()
+
+
+def test_an_arm_is_steady_up_to_the_effect_of_its_batch(tiny):
+    """Against torch's KL of the logits of a row alone and in a batch, in bfloat16."""
+    ids_BS = np.random.default_rng(0).integers(0, 288, (8, 40))
+    artifact = Artifact(path=tiny(), format="hf", key="k")
+    with open_backend(artifact, dtype="bfloat16") as backend:
+        found = Steady(ids_BS=ids_BS)(backend)
+        both = [backend.score(ids)[0, :-1].astype(np.float64) for ids in (ids_BS[:1], ids_BS)]
+    log_p, log_q = (torch.from_numpy(x).log_softmax(-1) for x in both)
+    effect = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+    np.testing.assert_allclose(found.floor.kl[:39], effect.numpy(), atol=1e-12)
+    assert found.repeats and len(found.floor.kl) == 8 * 39
+
+
+def test_the_same_input_that_gives_other_logits_is_seen(local):
+    rows = np.zeros((1, 9), np.int64)
+    assert Steady(ids_BS=rows)(local("a").backend).repeats
+    assert not Steady(ids_BS=rows)(local("b", fault="moody").backend).repeats
+
+
+def test_greedy_tokens_are_those_of_transformers(tiny):
+    from transformers import AutoModelForCausalLM
+
+    ids_BS = np.random.default_rng(1).integers(3, 288, (2, 9))
+    with open_backend(Artifact(path=tiny(), format="hf", key="k")) as backend:
+        found = Greedy(ids_BS=ids_BS, new_tokens=6, limit_s=60)(backend)
+    lm = AutoModelForCausalLM.from_pretrained(tiny()).eval()
+    ids = torch.from_numpy(ids_BS)
+    with torch.inference_mode():
+        for _ in range(6):
+            ids = torch.cat([ids, lm(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
+    np.testing.assert_array_equal(found.T, ids[:, 9:].numpy())
+
+
+def test_the_tokens_of_a_cell_are_noted_for_those_that_were_fast_enough(local):
+    cell, found = Cell("single", 2, 8, 3), Judged()
+    workers = {"a": local("a"), "b": local("b", fault="hang")}
+    quality.expect(workers, cell, 11, 5, found)
+    first_B = prompts(cell, 11, 5).sum(-1) % 11
+    tokens_NB = np.stack([(first_B + step) % 11 for step in range(3)])
+    assert found.expected == {("a", cell): hash_ids(tokens_NB)} and "b" in found.missing
 
 
 def test_windows_are_spread_evenly_and_do_not_overlap():
@@ -133,11 +140,33 @@ def test_the_bundled_text_in_the_tokens_of_the_demo_model():
     assert found.source["text"] == "heldout.txt" and len(found.source["text_sha256"]) == 64
 
 
-def test_a_model_without_a_tokenizer_gets_random_ids(tiny):
-    found = quality.windows(tiny(), QualityConfig(windows=2), 128, 288, 3)
-    assert not found.is_text and found.ids_WS.shape == (2, 128)
-    again = quality.windows(tiny(), QualityConfig(windows=2), 128, 288, 3)
+def test_without_a_tokenizer_the_baseline_writes_the_text(local, tmp_path):
+    workers = {"baseline": local("baseline"), "a": local("a", capacity=30)}
+    loaded = {name: worker.loaded for name, worker in workers.items()}
+    config = QualityConfig(windows=2)
+    found = quality.prepare(workers, loaded, tmp_path, config, 3)
+    assert found.is_text and found.ids_WS.shape == (2, 30)
+    assert found.source["sampled_from"] == "baseline" and found.source["text"] is None
+    assert found.source["reasons"]["window"].startswith("'a' holds no more than 30 tokens")
+    again = quality.prepare(workers, loaded, tmp_path, config, 3)
     np.testing.assert_array_equal(found.ids_WS, again.ids_WS)
+    alone = quality.prepare({"a": workers["a"]}, {"a": loaded["a"]}, tmp_path, config, 3)
+    assert not alone.is_text and "sampled_from" not in alone.source
+
+
+def test_sampled_text_follows_the_probabilities_of_the_model(tiny):
+    """A model predicts its own samples as well as its entropy says, random ids far worse."""
+    rng = np.random.default_rng(0)
+    with open_backend(Artifact(path=tiny(), format="hf", key="k")) as backend:
+        ids_WS = Sample(ids_BS=rng.integers(0, 288, (16, 1)), tokens=60, seed=4)(backend)
+        logits = torch.from_numpy(backend.score(ids_WS)[:, :-1]).double()
+    log_p = logits.log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1).mean().item()
+    targets = torch.from_numpy(ids_WS[:, 1:]).ravel()
+    nll = torch.nn.functional.nll_loss(log_p.flatten(0, 1), targets)
+    assert nll.item() == pytest.approx(entropy, rel=0.03)
+    uniform = -log_p.mean().item()
+    assert uniform > 1.03 * entropy, "the test could not fail"
 
 
 def test_bad_values_are_refused(tmp_path):
@@ -147,6 +176,7 @@ def test_bad_values_are_refused(tmp_path):
     for fields, message in [
         ({"windows": 0}, "windows=0"),
         ({"max_perplexity_increase": -0.1}, "max_perplexity_increase=-0.1"),
+        ({"required": "perfect"}, "required='perfect': allowed are null, lossless, near, comp"),
         ({"text": str(tmp_path / "none.txt")}, "none.txt': No such file"),
         ({"text": str(short)}, "too short"),
         ({"text": str(binary)}, "not UTF-8"),

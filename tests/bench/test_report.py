@@ -16,9 +16,10 @@ from optpipe.artifact import Artifact
 from optpipe.bench import report, tables
 from optpipe.bench import run as run_module
 from optpipe.bench.cells import HAND_OVER, NO_PEAK, ONE_NUMBER
+from optpipe.bench.divergence import Positions
 from optpipe.bench.measure import BenchConfig, Measured, Sample
 from optpipe.bench.outcome import Outcome
-from optpipe.bench.quality import Judged, QualityConfig, Sums, Windows
+from optpipe.bench.quality import Judged, QualityConfig, Windows
 from optpipe.bench.resident import plan
 from optpipe.bench.run import arms, run
 from optpipe.bench.scenario import Cell, Scenario
@@ -50,6 +51,15 @@ def sample(name, cell, block, scale=1.0, **fields):
     return Sample(**(known | fields))
 
 
+def positions():
+    """Ten positions of perplexity exp(2), KL 0.05, nine of ten first choices alike."""
+    same, agrees = np.full(10, 0.05), np.arange(10) > 0
+    nll = np.full(10, 2.0)
+    return Positions(
+        kl=same, kl_topk=same, nll=nll, reference_nll=nll, agrees=agrees, top5=same, margin=same
+    )
+
+
 @pytest.fixture
 def outcome(arm):
     """outcome(names, blocks, **fields) -> results of arms that take 1, 2, 3 .. times as long."""
@@ -66,13 +76,13 @@ def outcome(arm):
         told = Loaded(
             load_s=1.5, capacity=64, vocab=11, weight_bytes=9, dtype="float32", device="cpu"
         )
-        sums = {name: Sums(nll=20.0, kl=0.5, agreed=9, positions=10) for name in names}
-        source = {"window": 11, "text": "held.txt", "dtype": "float64"}
+        scored = {name: [positions()] * 2 for name in names}
+        source = {"window": 11, "text": "held.txt", "dtype": "float64", "reasons": {}}
         windows = Windows(ids_WS=np.zeros((1, 11), np.int64), source=source, is_text=True)
         known = {
             "arms": given, "cells": cells, "sessions": [list(names)], "left_out": {},
             "loaded": dict.fromkeys(names, told), "measured": Measured(samples=samples),
-            "windows": windows, "judged": Judged(sums=sums, windows=1),
+            "windows": windows, "judged": Judged(scored=scored, windows=2),
             "bench": BenchConfig(blocks=7, max_blocks=7),
         }  # fmt: skip
         return Outcome(**(known | fields))
@@ -170,7 +180,7 @@ def test_arms_of_different_sessions_are_not_compared(outcome):
 
 def test_an_arm_that_was_left_out_has_only_what_its_files_say(outcome):
     alone = outcome(left_out={"quick": "too large"}, sessions=[["baseline"]])
-    del alone.loaded["quick"], alone.judged.sums["quick"]
+    del alone.loaded["quick"], alone.judged.scored["quick"]
     alone.measured.samples = [s for s in alone.measured.samples if s.arm == "baseline"]
     built = report.build(alone, FACTS)
     check_nulls(built)
@@ -331,25 +341,29 @@ def test_a_whole_run_of_a_real_model(tiny, tmp_path, capfd):
         Artifact(path=tiny(), format="hf", key="k", lineage=line, stats={"sparsity": 0.5})
         for line in ((), ("copy",))
     ]
-    quality = QualityConfig(windows=2, max_perplexity_increase=0.0)
+    quality = QualityConfig(windows=1, required="lossless", max_perplexity_increase=0.0)
     bench = BenchConfig(
         blocks=6, max_blocks=6, warmup=2, warmup_s=0, dtypes=["float32"], threads=1, quality=quality
     )
     scenarios = {"single": Scenario(prompt_tokens=[16], new_tokens=4)}
-    with pytest.raises(GateError, match="'copy' has no perplexity"):
+    with pytest.raises(GateError, match="'copy' has no tier, 'lossless' is required: one window"):
         run(made, bench, scenarios, tmp_path / "out", {"command": ["optpipe"], "overrides": []})
     built = json.loads((tmp_path / "out" / "report.json").read_text())
     check_nulls(built)
-    assert built["schema"] == "optpipe.report/1"
+    assert built["schema"] == "optpipe.report/1" and built["run"]["invalid_reasons"] == []
     assert [a["name"] for a in built["artifacts"]] == ["baseline", "copy"]
     for artifact in built["artifacts"]:
-        assert artifact["quality"]["kl_mean"] == 0 and artifact["quality"]["top1_agreement"] == 1
-        assert artifact["quality"]["perplexity"] is None and artifact["load_s"] > 0
+        found = artifact["quality"]
+        assert found["kl_mean"] == 0 and found["top1_agreement"] == 1 and artifact["load_s"] > 0
+        assert found["perplexity"] > 1 and found["greedy_prefix"]["exact_share"] == 1
+        assert found["deterministic"] is True and len(found["artifact_sha256"]) == 64
         assert artifact["cells"][0]["blocks"] == 6
+    assert built["run"]["design"]["quality"]["sampled_from"] == "baseline"
     _, cell = entry(built, "copy")
     assert (
         0.3 < cell["speedup"]["tpot_s"]["ratio"] < 3 and len(cell["speedup"]["tpot_s"]["ci"]) == 2
     )
-    assert (tmp_path / "out" / "report.md").read_text().startswith("# optpipe")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert text.startswith("# optpipe") and "text sampled from the baseline" in text
     captured = capfd.readouterr()
     assert captured.out == "" and "+ copy" in captured.err

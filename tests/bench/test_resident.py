@@ -2,7 +2,7 @@ import multiprocessing
 
 import pytest
 
-from optpipe.bench.resident import content_hash, plan_twice, reside
+from optpipe.bench.resident import plan_twice, reside
 from optpipe.bench.samples import AGAIN
 
 
@@ -12,15 +12,6 @@ def test_the_baseline_is_resident_twice_where_that_unpairs_no_arm():
     assert plan_twice(sizes, 11, AGAIN)[0] == [["baseline", AGAIN, "a"], ["baseline", AGAIN, "b"]]
     assert plan_twice(sizes, 10, AGAIN)[0] == [["baseline", "a", "b"]]
     assert plan_twice(sizes, 3, AGAIN)[0] == [["a"], ["b"]]
-
-
-def test_the_hash_is_of_every_byte_but_the_manifest(tmp_path):
-    (tmp_path / "weights").write_bytes(b"1234")
-    before = content_hash(tmp_path)
-    (tmp_path / "artifact.json").write_text("{}")
-    assert content_hash(tmp_path) == before
-    (tmp_path / "weights").write_bytes(b"1235")
-    assert content_hash(tmp_path) != before
 
 
 @pytest.mark.parametrize("fault", ["load", "die_loading"])
