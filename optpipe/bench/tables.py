@@ -47,7 +47,8 @@ def show(report: Mapping[str, Any]) -> None:
         )
         for index in ON_SCREEN:
             table.add_column(SPEED[index], justify="right" if index else "left", no_wrap=True)
-        for row in rows:
+        for *row, verdict in rows:
+            row.append(verdict.partition(",")[0])  # that of the speed: memory is in report.md
             table.add_row(*(row[index] for index in ON_SCREEN))
         console.print(table)
 
