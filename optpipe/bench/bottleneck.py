@@ -30,6 +30,7 @@ MOST_HOST = 0.99
 """So that something is left that the device did, whatever the error of the host's time."""
 NUMBERS = ("seconds", "floor_s", "host_share", "bytes", "flops", "mbu", "mfu", "intensity",
            "ridge", "eta")  # fmt: skip
+ITSELF = "the baseline itself, or one that was not counted"
 NO_COST = "the bytes and FLOPs of this cell were not counted"
 NO_HOST = "only the wall time is known: the host's share of it is not"
 HEADER = ("artifact", "phase", "bound by", "MBU", "MFU", "of roofline", "FLOP/B", "ridge",
@@ -130,6 +131,8 @@ class _Book:
         kind, no_class = roofline.classify(step.use, votes, cost, host)
         reasons |= {"class": no_class} if kind is None else {}
         reasons |= {"host_share": NO_HOST} if host is None else {}
+        promise = self._promised(phase, artifact, cell)
+        reasons |= {"roofline": ITSELF} if promise is None else {}
         found: Entry = {
             "class": kind,
             "seconds": step.use.seconds,
@@ -140,7 +143,7 @@ class _Book:
             "flops": step.use.flops,
             **{n: getattr(step.use, n) for n in ("mbu", "mfu", "intensity", "ridge", "eta")},
             "votes": votes,
-            "roofline": self._promised(phase, artifact, cell),
+            "roofline": promise,
             "remedies": [],
             "reasons": reasons,
         }

@@ -15,6 +15,8 @@ TIMES = {"prefill": "prefill_s", "decode": "tpot_s"}
 """Phase -> the metric of a cell that times one step of it."""
 ENGINE = "ort"
 """The format of artifacts that were built for one runtime."""
+NO_ARTIFACT = "no later artifact of this run is this remedy"
+NO_RATIO = "no paired ratio, or nothing was promised"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +48,17 @@ def promised(bytes_ratio: float, floor_ratio: float, cell: Entry, phase: str) ->
         "byte_realised": realised(speedup, bytes_ratio),
         "ratio": floor_ratio,
         "realised": realised(speedup, floor_ratio),
+        "reasons": {
+            name: NO_RATIO
+            for name, ratio in (("byte_realised", bytes_ratio), ("realised", floor_ratio))
+            if realised(speedup, ratio) is None
+        },
     }
 
 
 def advice(remedy: Remedy) -> Entry:
     """A remedy as a report shows it, without an artifact that is one."""
+    reasons = dict.fromkeys(("artifact", "speedup", "realised"), NO_ARTIFACT)
     return {
         "name": remedy.name,
         "why": remedy.why,
@@ -58,6 +66,7 @@ def advice(remedy: Remedy) -> Entry:
         "artifact": None,
         "speedup": None,
         "realised": None,
+        "reasons": reasons | ({"predicted_speedup": remedy.why} if not remedy.predicted else {}),
     }
 
 
@@ -74,6 +83,8 @@ def outcome(remedy: Remedy, where: Place) -> Entry:
         speedup = after / before if after and before else None
         found |= {"artifact": later[-1]["name"], "speedup": speedup}
         found["realised"] = realised(speedup, remedy.predicted)
+        found["reasons"] |= dict.fromkeys(("speedup", "realised"), NO_RATIO)
+    found["reasons"] = {k: why for k, why in found["reasons"].items() if found[k] is None}
     return found
 
 

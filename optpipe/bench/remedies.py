@@ -193,7 +193,7 @@ def _host(bound: Bound) -> Iterator[Remedy]:
 def _kernel(bound: Bound) -> Iterator[Remedy]:
     why = f"the step reaches {bound.found.eta:.0%} of the roofline"
     yield Remedy(
-        name="better kernels, from an engine",
+        name="better kernels: tactics, fusion, an engine",
         why=why,
         predicted=GOOD_ETA / bound.found.eta,
         does="engine",

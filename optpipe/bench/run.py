@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from optpipe.artifact import Artifact
-from optpipe.bench import machine, quality, report, tables
+from optpipe.bench import bottleneck, machine, quality, report, tables
 from optpipe.bench.measure import BenchConfig, Session, measure
 from optpipe.bench.outcome import Outcome
+from optpipe.bench.physics import survey
 from optpipe.bench.scenario import Cell, Scenario, cells
 from optpipe.bench.worker import Arm, Loaded, Worker
 from optpipe.errors import GateError
@@ -42,6 +43,9 @@ def run(
     started, start_s, host = datetime.now(UTC), time.perf_counter(), machine.describe()
     with shown("bench") as progress:
         outcome = measure_arms(arms(artifacts, bench), bench, cells(scenarios), progress)
+        progress("bottlenecks", 0, 1)
+        alive = [arm for arm in outcome.arms if arm.name in outcome.loaded]
+        physics = survey(alive, outcome.cells, bench.thread_count)
     facts = {
         **context,
         "started": started.isoformat(timespec="seconds"),
@@ -54,6 +58,7 @@ def run(
         "scenarios": {name: asdict(scenario) for name, scenario in scenarios.items()},
     }
     found = report.build(outcome, facts)
+    bottleneck.attach(found, physics.costs, physics.ceilings, physics.host_s)
     report.write(found, outcome.measured.samples, out)
     tables.show(found)
     _gate(found, bench.quality.max_perplexity_increase)
