@@ -24,6 +24,16 @@ COMMON = {
 SLIDING = {"head_dim": 32, "sliding_window": 16, "query_pre_attn_scalar": 32}
 # caps small enough to change what a random model computes
 CAPS = {"attn_logit_softcapping": 0.5, "final_logit_softcapping": 1.0}
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked ``gpu`` are skipped, by name, where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
 CONFIGS = {
     "llama": lambda: transformers.LlamaConfig(**COMMON),
     "mistral": lambda: transformers.MistralConfig(**COMMON, sliding_window=16),

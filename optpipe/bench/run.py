@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from optpipe.artifact import Artifact
-from optpipe.bench import gate, machine, quality, report, tables
+from optpipe.bench import bottleneck, gate, machine, quality, report, tables
 from optpipe.bench.anchored import Turns
 from optpipe.bench.measure import BenchConfig, Session, measure
 from optpipe.bench.outcome import Outcome
+from optpipe.bench.physics import survey
 from optpipe.bench.resident import Residents, plan_twice, reside
 from optpipe.bench.samples import AGAIN
 from optpipe.bench.scenario import Cell, Scenario, cells, prompt_seed, read_texts
@@ -48,6 +49,10 @@ def run(
     started, start_s, host = datetime.now(UTC), time.perf_counter(), machine.describe()
     with shown("bench") as progress:
         outcome = measure_arms(arms(artifacts, bench), bench, scenarios, progress, tasks)
+        progress("bottlenecks", 0, 1)
+        alive = [arm for arm in outcome.arms if arm.name in outcome.loaded]
+        physics = survey(alive, outcome.cells, bench.thread_count)
+        outcome.floors = physics.floors
     facts = {
         **context,
         "started": started.isoformat(timespec="seconds"),
@@ -60,6 +65,7 @@ def run(
         "scenarios": {name: asdict(scenario) for name, scenario in scenarios.items()},
     }
     found = report.build(outcome, facts)
+    bottleneck.attach(found, physics.costs, physics.ceilings, physics.host_s)
     report.write(found, outcome.measured.samples, out)
     tables.show(found)
     _whole(outcome)

@@ -1,0 +1,191 @@
+"""A report with its bottlenecks: classes of cells, remedies, and how much of them came true."""
+
+import json
+import math
+
+import pytest
+
+from optpipe.bench import bottleneck
+from optpipe.bench.ceilings import Ceilings
+from optpipe.bench.cost import Model, Product, cell_costs
+from optpipe.bench.realised import realised
+from optpipe.bench.roofline import floor_s
+from optpipe.bench.scenario import Cell
+
+CEILINGS = Ceilings(bandwidth=((1e6, 1e11),), flops_per_s={"float32": 1e12, "int8": 4e12})
+CELLS = [Cell("single", 1, 128, 33), Cell("batch", 4, 128, 33)]
+ETA, HOST_S = 0.8, 1e-4
+
+
+def model(bits=32, capacity=4096):
+    layer = Product(rows=4096, cols=4096, bytes=4096 * 4096 * bits / 8, dtype="float32")
+    return Model(
+        products=(layer,) * 8,
+        vector_bytes=0.0,
+        hidden=4096,
+        tables=1,
+        heads=32,
+        kv_heads=8,
+        head_dim=128,
+        windows=(None,) * 8,
+        dtype="float32",
+        capacity=capacity,
+        cache="in place",
+    )
+
+
+MODELS = {"baseline": model(), "quant": model(4.5), "quant+export+build": model(4.5)}
+ETAS = {"baseline": ETA, "quant": ETA / 3, "quant+export+build": ETA}
+
+
+def cell_entry(name, cell):
+    cost = cell_costs(MODELS[name], cell)
+    prefill, tpot = (floor_s(step, CEILINGS) / ETAS[name] for step in (cost.prefill, cost.decode))
+    base = cell_costs(MODELS["baseline"], cell)
+    ratios = [
+        floor_s(step, CEILINGS) / ETA / own
+        for step, own in ((base.prefill, prefill), (base.decode, tpot))
+    ]
+    e2e = prefill + 32 * tpot
+    return {
+        **cell._asdict(),
+        "prefill_s": prefill,
+        "ttft_s": prefill,
+        "queue_s": 0.0,
+        "tpot_s": tpot,
+        "e2e_s": e2e,
+        "cpu_s": 2 * e2e,
+        "speedup": {m: {"ratio": r} for m, r in zip(("prefill_s", "tpot_s"), ratios, strict=True)},
+        "reasons": {},
+    }
+
+
+@pytest.fixture
+def report():
+    """A baseline, its quantized torch model at a third of the roofline, and the engine of that."""
+    artifacts = [
+        {
+            "name": name,
+            "lineage": [] if name == "baseline" else name.split("+"),
+            "format": "ort" if name.endswith("build") else "hf",
+            "device": "cpu",
+            "stats": {"bits": 4} if name == "quant" else {},
+            "cells": [cell_entry(name, cell) for cell in CELLS],
+        }
+        for name in MODELS
+    ]
+    return {"run": {}, "artifacts": artifacts}
+
+
+COSTS = {(name, cell): cell_costs(MODELS[name], cell) for name in MODELS for cell in CELLS}
+
+
+def attached(report, host_s=None, costs=COSTS):
+    bottleneck.attach(report, costs, CEILINGS, host_s)
+    return [a["cells"][0]["bottleneck"] for a in report["artifacts"]]
+
+
+def check_nulls(node):
+    """Every null has a reason beside it."""
+    if isinstance(node, dict):
+        if "reasons" in node:
+            assert {k for k, v in node.items() if v is None} <= node["reasons"].keys(), node
+            assert all(node["reasons"].values()), node
+        for value in node.values():
+            check_nulls(value)
+    elif isinstance(node, list):
+        for item in node:
+            check_nulls(item)
+
+
+def test_every_cell_gets_a_class_by_three_votes_and_remedies_that_came_true_or_not(report):
+    base, quant, engine = attached(report, {key: {"prefill": 0.0, "decode": 0.0} for key in COSTS})
+    decode = base["phase"]["decode"]
+    assert base["class"] == decode["class"] == "memory_bandwidth_weights"
+    assert decode["votes"] == dict.fromkeys(("intensity", "utilisation", "elasticity"), "memory")
+    assert decode["mbu"] == decode["eta"] == pytest.approx(ETA)
+    assert base["phase"]["prefill"]["class"] == "compute"
+    assert quant["phase"]["decode"]["class"] == "memory_bandwidth_weights"
+    int4 = next(r for r in decode["remedies"] if r["name"] == "int4 weights")
+    assert int4["artifact"] == "quant+export+build"
+    floors = [floor_s(COSTS[n, CELLS[0]].decode, CEILINGS) for n in MODELS]
+    assert int4["speedup"] == pytest.approx(floors[0] / floors[2])
+    expected = math.log(int4["speedup"]) / math.log(int4["predicted_speedup"])
+    assert int4["realised"] == pytest.approx(expected)
+    promise = engine["phase"]["decode"]["roofline"]
+    assert promise["realised"] == pytest.approx(1), "as efficient as the baseline"
+    slow = quant["phase"]["decode"]["roofline"]
+    assert slow["realised"] == pytest.approx(1 + math.log(1 / 3) / math.log(slow["ratio"]))
+    assert slow["byte_ratio"] == pytest.approx(7, rel=0.1)
+    check_nulls(report)
+    json.dumps(report, allow_nan=False)
+    assert report["run"]["invalid_reasons"] == []
+    assert report["run"]["ceilings"]["int8"]["flops_per_s"] == 4e12
+
+
+def test_a_host_that_takes_the_time_is_what_binds(report):
+    tpot = report["artifacts"][0]["cells"][0]["tpot_s"]
+    found = attached(report, {("baseline", CELLS[0]): {"prefill": 0.0, "decode": 0.5 * tpot}})
+    assert found[0]["class"] == "host"
+    decode = found[0]["phase"]["decode"]
+    assert decode["host_share"] == pytest.approx(0.5)
+    engine = next(r for r in decode["remedies"] if r["name"] == "an engine")
+    assert engine["predicted_speedup"] == pytest.approx(2)
+    assert engine["artifact"] == "quant+export+build"
+
+
+def test_a_runner_that_only_sleeps_is_bound_by_the_host(report):
+    """T8b: no profile, hardly any CPU time."""
+    cell = report["artifacts"][0]["cells"][0]
+    cell["cpu_s"] = 0.01 * cell["e2e_s"]
+    found = attached(report)[0]
+    assert found["class"] == found["phase"]["decode"]["class"] == "host"
+
+
+def test_a_step_faster_than_physics_has_no_class_and_makes_the_run_invalid(report):
+    """T8d."""
+    report["artifacts"][0]["cells"][0]["tpot_s"] *= ETA / 1.06
+    found = attached(report)[0]
+    assert found["class"] is None and "MBU 1.06 is above 1.05" in found["reasons"]["class"]
+    (reason,) = report["run"]["invalid_reasons"]
+    assert reason.startswith("baseline, single 1 x 128 + 33, decode: MBU 1.06")
+    check_nulls(report)
+
+
+def test_requests_that_wait_more_than_half_of_their_ttft_are_bound_by_the_queue(report):
+    cell = report["artifacts"][0]["cells"][0]
+    cell["queue_s"], cell["ttft_s"] = 3.0, 3.0 + cell["prefill_s"]
+    found = attached(report)[0]
+    assert found["class"] == "queue"
+    names = [remedy["name"] for remedy in found["remedies"]]
+    assert "prefill-decode disaggregation" in names and "chunked prefill" in names
+
+
+def test_a_cell_that_does_not_fit_its_cache_is_bound_by_capacity(report):
+    small = cell_costs(model(capacity=100), CELLS[0])
+    cell = report["artifacts"][0]["cells"][0]
+    cell |= dict.fromkeys(("prefill_s", "ttft_s", "queue_s", "tpot_s", "e2e_s", "cpu_s"))
+    cell["reasons"] = dict.fromkeys(("prefill_s", "tpot_s"), "it does not fit")
+    found = attached(report, costs={**COSTS, ("baseline", CELLS[0]): small})[0]
+    assert found["class"] == "capacity" and found["remedies"]
+    assert found["phase"]["decode"]["reasons"]["mbu"] == "it does not fit"
+    check_nulls(found)
+
+
+def test_a_cell_that_was_not_counted_says_so(report):
+    found = attached(report, costs={})[0]
+    assert found["class"] is None and found["reasons"]["class"] == bottleneck.NO_COST
+
+
+def test_the_table_has_two_phases_an_artifact(report):
+    attached(report)
+    (title, rows), _ = bottleneck.rows(report)
+    assert title == "single: 1 x 128 prompt tokens" and len(rows) == 6
+    assert all(len(row) == len(bottleneck.HEADER) for row in rows)
+    assert rows[1][:4] == ["baseline", "decode", "memory_bandwidth_weights", "0.80"]
+
+
+def test_what_came_true_is_a_ratio_of_logs():
+    assert realised(2.0, 4.0) == pytest.approx(0.5)
+    assert realised(1.0, 4.0) == 0 and realised(0.5, 4.0) == pytest.approx(-0.5)
+    assert realised(2.0, 1.001) is None and realised(None, 2.0) is None

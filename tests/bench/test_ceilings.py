@@ -1,0 +1,104 @@
+"""Measured ceilings, and real steps held against them (T8b)."""
+
+import time
+
+import pytest
+import torch
+
+from optpipe.bench import ceilings, roofline
+from optpipe.bench.cost import Model, Product
+from optpipe.bench.physics import survey
+from optpipe.bench.roofline import Step
+from optpipe.bench.scenario import Cell
+from optpipe.bench.worker import Arm
+
+WIDTH, DEPTH = 4096, 8
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """Of one thread; torch gets its threads back."""
+    before = torch.get_num_threads()
+    yield ceilings.measure(1, [4.0 * WIDTH * WIDTH * DEPTH])
+    torch.set_num_threads(before)
+
+
+def test_ceilings_of_this_machine_are_plausible_and_quick(measured):
+    start = time.process_time()
+    found = ceilings.measure(1)
+    assert time.process_time() - start < 6, "3 s of wall time where two cores are free"
+    assert [size for size, _ in found.bandwidth] == sorted(ceilings.CPU_SIZES)
+    assert 1e9 < found.bytes_per_s(512e6) <= found.bytes_per_s(1e6) < 1e12
+    assert found.flops_per_s.keys() == {"float32", "bfloat16", "float16", "int8"}
+    assert all(1e9 < rate < 1e13 for rate in found.flops_per_s.values())
+    entry = measured.entry()["float32"]
+    assert entry["bytes_per_s"] == measured.bandwidth[-1][1] and entry["flops_per_s"] > 1e9
+
+
+def stack():
+    """DEPTH linear layers with nothing between, as a model and as a runner."""
+    layer = Product(rows=WIDTH, cols=WIDTH, bytes=4 * WIDTH * WIDTH, dtype="float32")
+    model = Model(
+        products=(layer,) * DEPTH,
+        vector_bytes=0.0,
+        hidden=0,
+        tables=0,
+        heads=1,
+        kv_heads=1,
+        head_dim=1,
+        windows=(),
+        dtype="float32",
+        capacity=1,
+        cache="in place",
+    )
+    weights = [torch.full((WIDTH, WIDTH), 1 / WIDTH) for _ in range(DEPTH)]
+
+    def run(batch):
+        x = torch.randn(WIDTH, batch)
+        times = []
+        for _ in range(4):
+            start = time.thread_time()  # this thread's, for the machine may be shared
+            y = x
+            for weight in weights:
+                y = weight @ y
+            times.append(time.thread_time() - start)
+        return min(times)
+
+    return model, run
+
+
+def test_real_layers_are_bound_by_memory_at_few_rows_and_by_compute_at_many(measured):
+    """T8b: 8 layers of 67 MB, more than a cache holds, on one thread; a sweep over batches."""
+    torch.set_num_threads(1)
+    model, run = stack()
+    batches = (1, 4, 8, 16, 64, 256)
+    costs = {batch: model.step(batch, 1, 0) for batch in batches}
+    steps = {
+        batch: Step(use=roofline.use(cost, run(batch), measured), tokens=batch)
+        for batch, cost in costs.items()
+    }
+    for batch, neighbour in {1: 4, 4: 8, 8: 16, 16: 8, 256: 64}.items():
+        used = steps[batch].use
+        votes = {
+            "intensity": roofline.by_intensity(used)[0],
+            "utilisation": roofline.by_utilisation(used)[0],
+            "elasticity": roofline.by_elasticity(steps[batch], steps[neighbour])[0],
+        }
+        print(f"{batch} rows: MBU {used.mbu:.2f} MFU {used.mfu:.2f} {votes}")
+        kind = "compute" if batch == 256 else "memory_bandwidth_weights"
+        found = roofline.classify(used, votes, costs[batch], 0.0)[0]
+        if batch == 16 and votes["intensity"] is None:  # the ridge of this machine lies right there
+            assert found in (None, "kernel", kind), votes
+        else:
+            assert found == kind, votes
+
+
+def test_a_survey_counts_every_arm_in_a_process_of_its_own(tiny, tmp_path):
+    from optpipe.artifact import Artifact
+
+    artifact = Artifact(path=tiny(), format="hf", key="k")
+    cell = Cell("single", 1, 16, 4)
+    found = survey([Arm(name="a", artifact=artifact, dtype="float32", threads=1)], [cell], 1)
+    assert found.costs["a", cell].decode.all_flops > 0
+    assert 1e-4 < found.host_s["a", cell]["decode"] < 1, "three blocks of transformers in Python"
+    assert found.ceilings.flops_per_s["float32"] > 1e9
