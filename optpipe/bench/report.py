@@ -9,10 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from optpipe.bench import quality, tables
+from optpipe.bench import quality
 from optpipe.bench.clock import LATENCIES, METRICS, ONE_TOKEN
 from optpipe.bench.measure import Sample
 from optpipe.bench.outcome import Outcome
+from optpipe.bench.publish import publish
 from optpipe.bench.scenario import Cell
 from optpipe.bench.statistics import LEVEL, fewest_pairs, median, ratio
 from optpipe.bench.worker import Arm
@@ -38,15 +39,13 @@ def build(outcome: Outcome, facts: Mapping[str, Any]) -> Entry:
 
 
 def write(found: Entry, samples: Sequence[Sample], out: Path) -> None:
-    """report.json, report.md from the same numbers, and every raw sample."""
+    """Every raw sample, then report.json, .md and .html from the same numbers."""
     out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(found, indent=1, allow_nan=False)
     with gzip.open(out / "samples.jsonl.gz", "wt", encoding="ascii") as stream:
         for sample in samples:
             record = {**asdict(sample), "cell": sample.cell._asdict()}
             stream.write(json.dumps(record, allow_nan=False) + "\n")
-    (out / "report.md").write_text(tables.markdown(found), encoding="utf-8")
-    (out / "report.json").write_text(text + "\n", encoding="utf-8")
+    publish(found, out)
 
 
 def _design(outcome: Outcome) -> Entry:
