@@ -94,7 +94,12 @@ def _speed_row(artifact: Mapping[str, Any], cell: Mapping[str, Any]) -> Row:
 
 
 def short(artifact: Mapping[str, Any]) -> str:
-    """A baseline by its name, an artifact by the last of the stages that made it."""
+    """A baseline by its name, an artifact by the last of the stages that made it.
+
+    In the report of a sweep it has a label, since several jobs have the same stages.
+    """
+    if "label" in artifact:
+        return str(artifact["label"])
     return f"+ {artifact['stage']}" if artifact["lineage"] else str(artifact["name"])
 
 
