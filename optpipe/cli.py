@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING
 import hydra
 import yaml
 from hydra._internal.utils import get_args_parser
+from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -31,7 +33,7 @@ USAGE = """\
 python -m optpipe [recipe=NAME] [GROUP=OPTION ...] [KEY=VALUE ...]
 
 Makes a model smaller and faster stage by stage, then measures every artifact against the baseline.
-The last line of standard output is the folder of the report.
+The last line of standard output is the folder of the report, after -m that of all jobs together.
 
 {overview}
 
@@ -51,9 +53,12 @@ OK, BAD_INPUT, BAD_RESULT, BROKEN, INTERRUPTED = 0, 2, 3, 4, 130
 def main() -> int:
     """Run what the command line asks for; the exit code, of several jobs (-m) the worst."""
     codes: list[int] = []
+    swept: list[tuple[HydraConf, int]] = []
 
     def job(cfg: DictConfig) -> None:
         codes.append(_guarded(cfg))
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            swept.append((HydraConfig.get(), codes[-1]))
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints errors itself and exits with 1
     conf = str(config.data_dir("conf"))
@@ -70,7 +75,26 @@ def main() -> int:
         return _complain(config.explain(error), BAD_INPUT)
     except KeyboardInterrupt:
         return _complain("interrupted", INTERRUPTED)
-    return max(codes, default=OK)
+    return max([*codes, _merge(swept)])
+
+
+def _merge(swept: list[tuple[HydraConf, int]]) -> int:
+    """One report of all jobs of a sweep, in its folder; an exit code."""
+    if not swept:
+        return OK
+    from optpipe.bench.merge import Job, merge
+
+    out = Path(swept[0][0].sweep.dir).absolute()
+    jobs = [
+        Job(folder=Path(conf.runtime.output_dir), overrides=tuple(conf.overrides.task), code=code)
+        for conf, code in swept
+    ]
+    try:
+        if merge(jobs, out):
+            print(f"report: {out}", flush=True)
+    except (ValueError, OSError) as error:
+        return _complain(f"the sweep has no report of its own: {one_line(error)}", BROKEN)
+    return OK
 
 
 def _guarded(cfg: DictConfig) -> int:

@@ -248,10 +248,34 @@ def test_a_failing_stage_has_its_exit_code(optpipe, recipe, tiny, tmp_path, how)
     assert "Traceback" in log and "in run" in log
 
 
-def test_one_bad_job_of_several_stops_no_other(optpipe, tiny, tmp_path):
+@pytest.fixture
+def merged(monkeypatch):
+    """What the jobs of a sweep were when their reports were to be merged."""
+    from optpipe.bench import merge
+
+    calls = []
+    monkeypatch.setattr(merge, "merge", lambda jobs, out: calls.append((jobs, out)) or True)
+    return calls
+
+
+def test_one_bad_job_of_several_stops_no_other(optpipe, tiny, tmp_path, merged):
     quant = ["stages=[quant]", "quant=rtn", "quant.group_size=32", "quant.bits=5,4"]
     result = optpipe("-m", "model=hf", f"model.path={tiny()}", *SMALL, *quant)
     assert result.code == 2
     assert "got 5" in result.errors[0] and len(result.errors) == 1
-    assert len([line for line in result.out.splitlines() if line.startswith("report: ")]) == 1
+    first, last = (line for line in result.out.splitlines() if line.startswith("report: "))
+    ((jobs, out),) = merged
+    assert first == f"report: {jobs[1].folder}" and last == f"report: {out}"
+    assert jobs[1].folder == out / "1" and out.is_dir() and out.parent.name == "sweep"
+    assert [job.code for job in jobs] == [2, 0]
+    assert [job.overrides[-1] for job in jobs] == ["quant.bits=5", "quant.bits=4"]
     assert len(list((tmp_path / "store").glob("quant-*"))) == 1
+
+
+def test_a_sweep_that_cannot_be_merged_is_one_line(optpipe, tiny):
+    """What is measured here is no report, so that there is nothing to merge."""
+    result = optpipe(
+        "-m", "model=hf", f"model.path={tiny()}", *SMALL, "stages=[]", "bench.seed=0,1"
+    )
+    assert result.code == 4 and len(result.errors) == 1, result.err
+    assert "the sweep has no report of its own" in result.errors[0]

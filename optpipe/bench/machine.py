@@ -19,8 +19,9 @@ CGROUP = Path("/sys/fs/cgroup")
 
 def describe() -> dict[str, Any]:
     """CPU, memory, system and load, as far as the system tells; what it does not is null."""
+    cpu = _field(Path("/proc/cpuinfo"), "model name") or platform.processor() or None
     return {
-        "cpu": _field(Path("/proc/cpuinfo"), "model name") or platform.processor() or None,
+        "cpu": cpu,
         "cores": os.cpu_count(),
         "cores_usable": usable_cores(),
         "isa": _isa(),
@@ -29,6 +30,7 @@ def describe() -> dict[str, Any]:
         "os": platform.platform(),
         "python": platform.python_version(),
         "load": list(psutil.getloadavg()),
+        "reasons": {} if cpu else {"cpu": "the system does not name it"},
     }
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from optpipe import evaluate
-from optpipe.bench import assess, tables
+from optpipe.bench import assess
 from optpipe.bench.cells import Entry, Table
 from optpipe.bench.judgement import Judgement
 from optpipe.bench.outcome import Outcome
+from optpipe.bench.publish import publish
 from optpipe.bench.samples import Sample
 from optpipe.bench.scenario import hash_ids
 from optpipe.bench.statistics import LEVEL
@@ -45,15 +46,13 @@ def build(outcome: Outcome, facts: Mapping[str, Any]) -> Entry:
 
 
 def write(found: Entry, samples: Sequence[Sample], out: Path) -> None:
-    """report.json, report.md from the same numbers, and every raw sample."""
+    """Every raw sample, then report.json, .md and .html from the same numbers."""
     out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(found, indent=1, allow_nan=False)
     with gzip.open(out / "samples.jsonl.gz", "wt", encoding="ascii") as stream:
         for sample in samples:
             record = {**asdict(sample), "cell": sample.cell._asdict()}
             stream.write(json.dumps(record, allow_nan=False) + "\n")
-    (out / "report.md").write_text(tables.markdown(found), encoding="utf-8")
-    (out / "report.json").write_text(text + "\n", encoding="utf-8")
+    publish(found, out)
 
 
 def _design(outcome: Outcome, judgement: Judgement) -> Entry:

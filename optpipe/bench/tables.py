@@ -136,7 +136,12 @@ def _verdict(speedup: Mapping[str, Any]) -> str:
 
 
 def short(artifact: Mapping[str, Any]) -> str:
-    """A baseline by its name, an artifact by the last of the stages that made it."""
+    """A baseline by its name, an artifact by the last of the stages that made it.
+
+    In the report of a sweep it has a label, since several jobs have the same stages.
+    """
+    if "label" in artifact:
+        return str(artifact["label"])
     return f"+ {artifact['stage']}" if artifact["lineage"] else str(artifact["name"])
 
 

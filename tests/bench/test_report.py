@@ -34,6 +34,9 @@ FACTS = {
     "duration_s": 1.0,
     "seed": 0,
     "threads": 1,
+    "versions": {},
+    "bench": {},
+    "scenarios": {},
     "machine": {"cpu": "abacus", "cores_usable": 1, "load": [0.0, 0.0, 0.0]},
 }
 

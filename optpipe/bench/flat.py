@@ -1,0 +1,46 @@
+"""A report as one flat table for spreadsheets: a row for every artifact in every cell."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Mapping
+from typing import IO, Any
+
+FROM_ARTIFACT = ("name", "stage", "format", "dtype", "device", "key", "bytes", "weight_bytes",
+                 "load_s")  # fmt: skip
+FROM_QUALITY = ("perplexity", "kl_mean", "top1_agreement", "tier")
+FROM_CELL = ("scenario", "batch", "prompt_tokens", "new_tokens", "blocks", "ttft_s", "queue_s",
+             "prefill_s", "tpot_s", "e2e_s", "tokens_per_s", "goodput_per_s", "peak_bytes",
+             "cpu_s")  # fmt: skip
+SPEEDUPS = ("ttft_s", "tpot_s", "e2e_s", "tokens_per_s", "peak_bytes", "bytes")
+Row = dict[str, Any]
+
+
+def rows(report: Mapping[str, Any]) -> Iterator[Row]:
+    """What is missing is None, an empty field in CSV."""
+    for artifact in report["artifacts"]:
+        for cell in artifact["cells"]:
+            yield {
+                **{key: artifact[key] for key in FROM_ARTIFACT},
+                **{key: artifact["quality"].get(key) for key in FROM_QUALITY},
+                **{key: cell.get(key) for key in FROM_CELL},
+                **_speedups(cell["speedup"]),
+            }
+
+
+def write(report: Mapping[str, Any], stream: IO[str]) -> None:
+    """CSV with a header."""
+    given = [*rows(report)]
+    writer = csv.DictWriter(stream, fieldnames=[*given[0]], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(given)
+
+
+def _speedups(speedup: Mapping[str, Any]) -> Row:
+    found: Row = {}
+    for key in SPEEDUPS:
+        entry = speedup.get(key) or {}
+        low, high = entry.get("ci") or (None, None)
+        found |= {f"{key}_speedup": entry.get("ratio"), f"{key}_speedup_low": low,
+                  f"{key}_speedup_high": high, f"{key}_verdict": entry.get("verdict")}  # fmt: skip
+    return found
