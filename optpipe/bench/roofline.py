@@ -28,6 +28,8 @@ DEAD_ZONE = 0.2
 """So near to the ridge, below it or above, the side says nothing."""
 IN_USE = 0.4
 """A resource that is used less casts no vote; gpt-fast's int4 on an A100 uses 0.42 of bandwidth."""
+FAINT_USE = 0.1
+"""So little bandwidth used is waiting, such as for threads that have no core."""
 POOR_ETA = 0.5
 """Below it, a step that neither resource bounds has kernels to improve."""
 HOST_SHARE = 0.2
@@ -155,6 +157,8 @@ def by_elasticity(step: Step, other: Step | None, alone: bool = True) -> Vote:
         return None, f"bytes grow as tokens^{memory:.2f}, FLOPs as tokens^{compute:.2f}: too alike"
     if FLAT < time < STEEP:
         return None, f"time grows as tokens^{time:.2f}, between {FLAT} and {STEEP}"
+    if time <= FLAT and step.use.mbu < FAINT_USE:
+        return None, f"time is flat, but at MBU {step.use.mbu:.2f} it is not memory that takes it"
     if time <= FLAT and not alone and step.use.eta < IN_USE:
         return None, "time is flat, and the host's share of it is not known"
     return (MEMORY if time <= FLAT else COMPUTE), ""

@@ -128,6 +128,8 @@ def test_a_flat_time_says_nothing_where_the_host_may_be_what_is_flat():
     small, large = (Step(use=use(0.1, 0.01 * n), tokens=n) for n in (1, 4))
     assert roofline.by_elasticity(small, large, alone=True)[0] == "memory"
     assert roofline.by_elasticity(small, large, alone=False)[0] is None
+    idle = Step(use=use(0.05, 0.001), tokens=1)
+    assert roofline.by_elasticity(idle, large, alone=True)[0] is None
 
 
 VOTES = dict.fromkeys(("intensity", "utilisation", "elasticity"))
