@@ -54,19 +54,22 @@ def attach(
     run["invalid_reasons"] += book.impossible
 
 
-def rows(report: Entry) -> Iterator[tuple[str, list[list[str]]]]:
-    """One table a cell for report.md, with HEADER: its title, its rows in pipeline order."""
-    artifacts = report["artifacts"]
-    for index, cell in enumerate(artifacts[0]["cells"]):
+def rows(report: Mapping[str, Any]) -> Iterator[tuple[str, list[list[str]]]]:
+    """One table a cell for report.md, with HEADER: its title, its rows in pipeline order.
+
+    None for a report to which :func:`attach` added nothing.
+    """
+    artifacts = report["artifacts"] if "ceilings" in report["run"] else []
+    for index, cell in enumerate(artifacts[0]["cells"] if artifacts else []):
         title = f"{cell['scenario']}: {cell['batch']} x {cell['prompt_tokens']} prompt tokens"
-        yield (
-            title,
-            [
-                _row(artifact["name"], phase, entry)
-                for artifact in artifacts
-                for phase, entry in artifact["cells"][index]["bottleneck"]["phase"].items()
-            ],
-        )
+        yield title, [row for artifact in artifacts for row in _rows(artifact, index)]
+
+
+def _rows(artifact: Mapping[str, Any], index: int) -> Iterator[list[str]]:
+    found = artifact["cells"][index]["bottleneck"]
+    for phase in TIMES if found else ():
+        if entry := found["phase"][phase]:
+            yield _row(artifact["name"], phase, entry)
 
 
 def _row(name: str, phase: str, entry: Entry) -> list[str]:
@@ -123,7 +126,8 @@ class _Book:
         if step is None:
             empty: Entry = dict.fromkeys(("class", *NUMBERS, "bytes_of", "roofline"))
             votes = dict.fromkeys(("intensity", "utilisation", "elasticity"))
-            return {**empty, "votes": votes, "remedies": [], "reasons": dict.fromkeys(empty, why)}
+            reasons = dict.fromkeys((*empty, *votes), why)
+            return {**empty, "votes": votes, "remedies": [], "reasons": reasons}
         cost = self._cost(phase, artifact, cell)
         assert cost is not None
         votes, reasons = self._votes(phase, artifact, cell, step)

@@ -50,7 +50,7 @@ def run(
     with shown("bench") as progress:
         outcome = measure_arms(arms(artifacts, bench), bench, scenarios, progress, tasks)
         progress("bottlenecks", 0, 1)
-        alive = [arm for arm in outcome.arms if arm.name in outcome.loaded]
+        alive = [arm for arm in outcome.arms if outcome.absent(arm.name) is None]
         physics = survey(alive, outcome.cells, bench.thread_count)
         outcome.floors = physics.floors
     facts = {

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from optpipe.bench import gate
+from optpipe.bench import bottleneck, gate
 
 Row = list[str]
 NONE = "-"
@@ -66,6 +66,8 @@ def markdown(report: Mapping[str, Any]) -> str:
     for title, rows in speed_tables(report):
         parts += [f"## {title}", _markdown_table(SPEED, rows)]
     parts += [f"## {title}\n\n{text}" for title, text in _conclusions(report) if text]
+    for title, rows in bottleneck.rows(report):
+        parts += [f"## Bottlenecks, {title}", _markdown_table(bottleneck.HEADER, rows)]
     parts += ["## What was claimed, what is there", _markdown_table(SIZES, _size_rows(report))]
     parts += [f"## Quality\n\n{_quality_line(run['design']['quality'])}"]
     parts += [_markdown_table(gate.HEADER, gate.rows(report))]

@@ -34,7 +34,7 @@ def nothing(why):
 
 def phase(seconds, flops, size):
     return {
-        "bytes": size, "flops": flops, "intensity": flops / size, "ridge": 6.0,
+        "class": "memory_bandwidth_weights", "remedies": [], "bytes": size, "flops": flops, "intensity": flops / size, "ridge": 6.0,
         "mbu": size / seconds / 2e10, "mfu": flops / seconds / 1.2e11, "eta": 0.6,
         "votes": {"intensity": "memory", "utilisation": "memory", "elasticity": None},
         "reasons": {"elasticity": "one batch size only"},
@@ -160,7 +160,10 @@ def report(artifacts=None, cells=None):
                 "prompts": [{**point, "ids_hash": "f"} for point in points],
                 "quality": {"windows": 1, "window": 11, "text": "held.txt", "dtype": "float64"},
                 "interval": "95%, Hodges-Lehmann",
-                "resolution": [{**point, "ttft_s": itself, "tpot_s": itself} for point in points],
+                "resolution": [
+                    {**point, **dict.fromkeys((*LATENCIES, "tokens_per_s", "peak_bytes"), itself)}
+                    for point in points
+                ],
                 "instrument": {"ttft_error": 0.002, "tpot_error": 0.0001, "e2e_error": 0.0005},
             },
             "ceilings": {"float32": {"bytes_per_s": 2e10, "flops_per_s": 1.2e11}},

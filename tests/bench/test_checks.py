@@ -161,7 +161,7 @@ def test_a_prefill_that_is_counted_twice_breaks_the_identity(judged, monkeypatch
 def test_an_artifact_edited_after_the_gate_is_invalid(judged):
     why = "artifact_changed: 0a was loaded, 0b is there now"
     found = judged(None, changed={"cheat": why})
-    assert found["run"]["invalid_reasons"] == [f"cheat: {why}"]
+    assert found["run"]["invalid_reasons"] == [why]
     assert {e["reason"] for e in speedups(found, "cheat").values()} == {why}
 
 

@@ -124,7 +124,7 @@ def test_one_window_has_no_interval_and_so_no_tier(against):
     found = assessed(judged)
     assert found["tier"] is None and found["reasons"]["tier"] == assess.ONE_WINDOW
     with pytest.raises(GateError, match="no tier, 'compressed' is required: one window"):
-        gate.check(report(a=found), QualityConfig(required="compressed"))
+        gate.check(report(a=found), QualityConfig(required="compressed"), [])
 
 
 def logits_and_targets(folder, edit):
@@ -178,8 +178,8 @@ def test_a_broken_layer_fails(tiny):
     found = assessed(scored_as(tiny(), broken))
     assert found["tier"] == "degraded"
     with pytest.raises(GateError, match="'a' is degraded, 'compressed' is required: at the end"):
-        gate.check(report(a=found), QualityConfig(required="compressed"))
-    gate.check(report(a=found), QualityConfig())
+        gate.check(report(a=found), QualityConfig(required="compressed"), [])
+    gate.check(report(a=found), QualityConfig(), [])
 
 
 def test_a_tier_is_held_against_the_one_required(against):
@@ -208,7 +208,7 @@ def test_what_cannot_be_a_model_fails_whatever_is_required(against, fault, why):
     found = assessed(against(fault=fault))
     assert found["failures"][0] == why and found["tier"] is None
     with pytest.raises(GateError, match=f"'a' FAILS the quality gate: {why}"):
-        gate.check(report(a=found), QualityConfig())
+        gate.check(report(a=found), QualityConfig(), [])
 
 
 def test_a_baseline_that_is_not_finite_is_named(local):

@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 from optpipe.artifact import Artifact
 from optpipe.bench import report, tables
 from optpipe.bench import run as run_module
+from optpipe.bench.ceilings import Ceilings
 from optpipe.bench.cells import HAND_OVER, NO_PEAK, ONE_NUMBER
 from optpipe.bench.divergence import Positions
 from optpipe.bench.measure import BenchConfig, Measured, Sample
 from optpipe.bench.outcome import Outcome
+from optpipe.bench.physics import Physics
 from optpipe.bench.quality import Judged, QualityConfig, Windows
 from optpipe.bench.resident import plan
 from optpipe.bench.run import arms, run
@@ -295,6 +297,8 @@ def test_an_arm_that_breaks_costs_itself_only_and_the_run_says_so(tmp_path, monk
         Arm(name=name, artifact=artifact, dtype="float32", threads=1, find=fakes.find)
         for name, artifact in zip(plans, artifacts, strict=True)
     ])  # fmt: skip
+    nothing = Physics(costs={}, host_s={}, ceilings=Ceilings(bandwidth=((1, 1e9),), flops_per_s={}))
+    monkeypatch.setattr(run_module, "survey", lambda *_: nothing)  # fakes have no weights to count
     bench = BenchConfig(
         blocks=6, max_blocks=6, warmup=2, warmup_s=0, dtypes=["float32"], threads=1,
         quality=QualityConfig(windows=1),
