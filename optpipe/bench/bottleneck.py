@@ -66,7 +66,7 @@ def rows(report: Mapping[str, Any]) -> Iterator[tuple[str, list[list[str]]]]:
 
 
 def _rows(artifact: Mapping[str, Any], index: int) -> Iterator[list[str]]:
-    found = artifact["cells"][index]["bottleneck"]
+    found = artifact["cells"][index].get("bottleneck")  # a sweep has cells that not all jobs have
     for phase in TIMES if found else ():
         if entry := found["phase"][phase]:
             yield _row(artifact["name"], phase, entry)

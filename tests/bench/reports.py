@@ -34,7 +34,8 @@ def nothing(why):
 
 def phase(seconds, flops, size):
     return {
-        "class": "memory_bandwidth_weights", "remedies": [], "bytes": size, "flops": flops, "intensity": flops / size, "ridge": 6.0,
+        "class": "memory_bandwidth_weights", "remedies": [], "bytes": size, "flops": flops,
+        "intensity": flops / size, "ridge": 6.0,
         "mbu": size / seconds / 2e10, "mfu": flops / seconds / 1.2e11, "eta": 0.6,
         "votes": {"intensity": "memory", "utilisation": "memory", "elasticity": None},
         "reasons": {"elasticity": "one batch size only"},
@@ -102,8 +103,9 @@ def quality(kl):
                                    "ci": [kl * 0.9, kl * 1.1]},
         "ppl_ratio": {"ratio": math.exp(kl * 0.8), "ci": [math.exp(kl * 0.7), math.exp(kl * 0.9)]},
         "top1_ci": [1 - kl * 2.1, 1 - kl * 1.9], "flips": kl * 2, "serious_flips": kl / 10,
-        "greedy_prefix": {"mean": 57.5}, "floor": {"kl_mean": 2e-5, "top1_agreement": 0.996},
-        "tier": "lossless" if kl < 1e-3 else "near" if kl < 0.01 else "compressed", "reasons": {},
+        "greedy_prefix": {"mean": 27.5, "tokens": 32}, "floor": {"kl_mean": 2e-5, "top1_agreement": 0.996},
+        "tier": "lossless" if kl < 1e-3 else "near" if kl < 0.01 else "compressed", "failures": [],
+        "reasons": {},
     }  # fmt: skip
 
 
@@ -158,7 +160,8 @@ def report(artifacts=None, cells=None):
             "design": {
                 "timing": "paired blocks", "sessions": [[a["name"] for a in made]],
                 "prompts": [{**point, "ids_hash": "f"} for point in points],
-                "quality": {"windows": 1, "window": 11, "text": "held.txt", "dtype": "float64"},
+                "quality": {"windows": 1, "window": 11, "text": "held.txt", "dtype": "float64",
+                            "reasons": {}},
                 "interval": "95%, Hodges-Lehmann",
                 "resolution": [
                     {**point, **dict.fromkeys((*LATENCIES, "tokens_per_s", "peak_bytes"), itself)}
