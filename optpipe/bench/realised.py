@@ -15,7 +15,7 @@ TIMES = {"prefill": "prefill_s", "decode": "tpot_s"}
 """Phase -> the metric of a cell that times one step of it."""
 ENGINE = "ort"
 """The format of artifacts that were built for one runtime."""
-NO_ARTIFACT = "no later artifact of this run is this remedy"
+NO_ARTIFACT = "no later artifact of this run is this one with this remedy alone"
 NO_RATIO = "no paired ratio, or nothing was promised"
 
 
@@ -73,10 +73,11 @@ def advice(remedy: Remedy) -> Entry:
 def outcome(remedy: Remedy, where: Place) -> Entry:
     """A remedy, and the last artifact of the run that is this one with it, if there is one.
 
-    The last one is what would be deployed; whatever else its stages did is in its speed-up too.
+    An engine around it is no other remedy: codes gain nothing without the kernels that read them.
     """
     found = advice(remedy)
-    later = [a for a in _after(where, where.artifact) if remedy.does in _done(where, a)]
+    alone = ({remedy.does}, {remedy.does, "engine"})
+    later = [a for a in _after(where, where.artifact) if _done(where, a) in alone]
     if later:
         twin = next(c for c in later[-1]["cells"] if cell_of(c) == cell_of(where.cell))
         after, before = (c["speedup"][TIMES[where.phase]]["ratio"] for c in (twin, where.cell))

@@ -73,7 +73,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     parts += [_markdown_table(gate.HEADER, gate.rows(report))]
     less = run["design"]["quality"]["reasons"]
     parts += [f"Less text than asked for: {less[k]}." for k in ("window", "windows") if k in less]
-    if reasons := sorted(set(_reasons(report))):
+    if reasons := [*_reasons(report)]:
         parts += ["## What is missing, and why", "\n".join(f"- {line}" for line in reasons)]
     parts += ["## What these numbers do not include", "\n".join(f"- {n}" for n in NOT_INCLUDED)]
     return "\n\n".join(parts) + "\n"
@@ -175,16 +175,21 @@ def _fact(value: Any) -> str:
 
 
 def _reasons(report: Mapping[str, Any]) -> Iterator[str]:
-    """Every null of the tables with its reason, the same reason once for each artifact and cell."""
+    """Every null of the tables with its reason, each reason once with all that lack a number."""
+    whose: dict[tuple[str, str], dict[str, dict[str, None]]] = {}
     for artifact in report["artifacts"]:
         name = short(artifact)
         for reasons in (artifact["reasons"], artifact["quality"]["reasons"]):
-            yield from (f"{name}, {fields}: {why}" for fields, why in _grouped(reasons))
+            for key in _grouped(reasons):
+                whose.setdefault(key, {}).setdefault(name, {})
         for cell in artifact["cells"]:
             where = f"{cell['scenario']} {cell['batch']} x {cell['prompt_tokens']}"
-            for fields, why in _grouped(cell["reasons"]):
-                whose = where if fields == "blocks" else f"{name}, {where}"  # of all arms alike
-                yield f"{whose}, {fields}: {why}"
+            for key in _grouped(cell["reasons"]):
+                whose.setdefault(key, {}).setdefault(name, {})[where] = None
+    for (fields, why), arms in whose.items():
+        cells = dict.fromkeys(where for of in arms.values() for where in of)
+        of = "all" if len(arms) == len(report["artifacts"]) > 1 else ", ".join(arms)
+        yield f"{fields} of {'; '.join((of, *cells))}: {why}"
 
 
 def _grouped(reasons: Mapping[str, str]) -> Iterator[tuple[str, str]]:

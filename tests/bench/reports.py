@@ -103,7 +103,8 @@ def quality(kl):
                                    "ci": [kl * 0.9, kl * 1.1]},
         "ppl_ratio": {"ratio": math.exp(kl * 0.8), "ci": [math.exp(kl * 0.7), math.exp(kl * 0.9)]},
         "top1_ci": [1 - kl * 2.1, 1 - kl * 1.9], "flips": kl * 2, "serious_flips": kl / 10,
-        "greedy_prefix": {"mean": 27.5, "tokens": 32}, "floor": {"kl_mean": 2e-5, "top1_agreement": 0.996},
+        "greedy_prefix": {"mean": 27.5, "tokens": 32},
+        "floor": {"kl_mean": 2e-5, "top1_agreement": 0.996},
         "tier": "lossless" if kl < 1e-3 else "near" if kl < 0.01 else "compressed", "failures": [],
         "reasons": {},
     }  # fmt: skip

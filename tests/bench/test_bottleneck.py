@@ -123,6 +123,10 @@ def test_every_cell_gets_a_class_by_three_votes_and_remedies_that_came_true_or_n
     assert report["run"]["ceilings"]["int8"]["flops_per_s"] == 4e12
 
 
+def report_time(report, name):
+    return next(a for a in report["artifacts"] if a["name"] == name)["cells"][0]["tpot_s"]
+
+
 def test_a_host_that_takes_the_time_is_what_binds(report):
     tpot = report["artifacts"][0]["cells"][0]["tpot_s"]
     found = attached(report, {("baseline", CELLS[0]): {"prefill": 0.0, "decode": 0.5 * tpot}})
@@ -131,6 +135,10 @@ def test_a_host_that_takes_the_time_is_what_binds(report):
     assert decode["host_share"] == pytest.approx(0.5)
     engine = next(r for r in decode["remedies"] if r["name"] == "an engine")
     assert engine["predicted_speedup"] == pytest.approx(2)
+    assert engine["artifact"] is None, "the engine of the run has other weights, too"
+    key = ("quant", CELLS[0])
+    found = attached(report, {key: {"prefill": 0.0, "decode": 0.5 * report_time(report, "quant")}})
+    engine = next(r for r in found[1]["phase"]["decode"]["remedies"] if r["name"] == "an engine")
     assert engine["artifact"] == "quant+export+build"
 
 
