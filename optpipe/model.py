@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from optpipe.checkpoint import Checkpoint
 from optpipe.errors import InputError
-from optpipe.family import Block
+from optpipe.family import Block, describe
 from optpipe.linear import Form, Layers, LowRank, decode, dense
 
 
@@ -42,9 +42,11 @@ def skeleton(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> PreT
 
 def empty(config: Any) -> PreTrainedModel:
     """A model of this shape whose parameters take no memory; its buffers are real."""
+    # torch's fused attention knows no soft cap, and transformers before 5.24 let it drop that
+    plain = {"attn_implementation": "eager"} if describe(config).attn_softcap else {}
     with _parameters_on_meta():
         lm: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, trust_remote_code=False
+            config, dtype=torch.float32, trust_remote_code=False, **plain
         )
     for name, module in list(lm.named_modules()):
         if isinstance(module, Conv1D):  # GPT-2 stores (in, out); everything here is (out, in)
