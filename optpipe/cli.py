@@ -82,7 +82,7 @@ def _merge(swept: list[tuple[HydraConf, int]]) -> int:
     """One report of all jobs of a sweep, in its folder; an exit code."""
     if not swept:
         return OK
-    from optpipe.bench.merge import Job, merge
+    from optpipe.bench.pages.merge import Job, merge
 
     out = Path(swept[0][0].sweep.dir).absolute()
     jobs = [
@@ -119,11 +119,11 @@ def _guarded(cfg: DictConfig) -> int:
 def _work(cfg: DictConfig, out: Path) -> None:
     """Check everything, make every artifact, measure them."""
     from optpipe import pipeline  # what these import takes seconds, too long for --help
-    from optpipe.bench import quality
     from optpipe.bench import run as bench
-    from optpipe.bench.measure import BenchConfig
+    from optpipe.bench.fidelity import quality
     from optpipe.bench.scenario import Scenario, read_texts
     from optpipe.bench.scenario import check as check_scenarios
+    from optpipe.bench.timed.measure import BenchConfig
     from optpipe.source import Source
 
     with _inputs():

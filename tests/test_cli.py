@@ -251,7 +251,7 @@ def test_a_failing_stage_has_its_exit_code(optpipe, recipe, tiny, tmp_path, how)
 @pytest.fixture
 def merged(monkeypatch):
     """What the jobs of a sweep were when their reports were to be merged."""
-    from optpipe.bench import merge
+    from optpipe.bench.pages import merge
 
     calls = []
     monkeypatch.setattr(merge, "merge", lambda jobs, out: calls.append((jobs, out)) or True)

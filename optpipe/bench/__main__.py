@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from optpipe.bench import compare, flat, html, publish, schema
+from optpipe.bench.pages import compare, flat, html, publish, schema
 from optpipe.errors import InputError, one_line
 
 OK, UNSOUND, BAD_INPUT, BROKEN = 0, 1, 2, 4
@@ -76,7 +76,7 @@ def _schema(given: argparse.Namespace) -> int:
 
 
 def _selftest(given: argparse.Namespace) -> int:
-    from optpipe.bench.selftest import selftest
+    from optpipe.bench.timed.selftest import selftest
 
     errors = {name: error for name, error in selftest().items() if name.endswith("_error")}
     for name, error in errors.items():

@@ -9,14 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from optpipe.bench import load, resampling
-from optpipe.bench.clock import METRICS, NO_STAMPS, ONE_TOKEN
-from optpipe.bench.outcome import Outcome
-from optpipe.bench.request import pooled
-from optpipe.bench.samples import AGAIN
-from optpipe.bench.scenario import Cell
-from optpipe.bench.series import Turns, collect, pairs
-from optpipe.bench.statistics import (
+from optpipe.bench.evidence import resampling
+from optpipe.bench.evidence.statistics import (
     LEVEL,
     Shift,
     exponential,
@@ -28,6 +22,13 @@ from optpipe.bench.statistics import (
     percentile,
     percentile_interval,
 )
+from optpipe.bench.outcome import Outcome
+from optpipe.bench.scenario import Cell
+from optpipe.bench.serving import load
+from optpipe.bench.serving.request import pooled
+from optpipe.bench.timed.clock import METRICS, NO_STAMPS, ONE_TOKEN
+from optpipe.bench.timed.samples import AGAIN
+from optpipe.bench.timed.series import Turns, collect, pairs
 
 FIELDS = (*METRICS, "peak_bytes")
 """What a cell holds a number of."""

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from optpipe.bench import checks
 from optpipe.bench.cells import ITSELF, Entry, Table, interval, nothing
-from optpipe.bench.clock import METRICS
-from optpipe.bench.samples import AGAIN
+from optpipe.bench.evidence.statistics import Shift
+from optpipe.bench.evidence.verdict import ALPHA, Evidence, primary, verdicts
 from optpipe.bench.scenario import Cell
-from optpipe.bench.statistics import Shift
-from optpipe.bench.verdict import ALPHA, Evidence, primary, verdicts
+from optpipe.bench.timed import checks
+from optpipe.bench.timed.clock import METRICS
+from optpipe.bench.timed.samples import AGAIN
 
 SECONDARY = "a secondary metric: an interval, no verdict"
 NO_PAIR = "the baseline was not resident twice: it does not fit in memory, or was ended"

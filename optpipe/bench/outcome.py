@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from optpipe.bench.checks import Floors
+from optpipe.bench.fidelity.quality import Judged, Windows, shortened
 from optpipe.bench.policy import BenchConfig
-from optpipe.bench.quality import Judged, Windows, shortened
-from optpipe.bench.samples import Measured
 from optpipe.bench.scenario import Cell
+from optpipe.bench.timed.checks import Floors
+from optpipe.bench.timed.samples import Measured
 from optpipe.bench.worker import Arm, Loaded
 from optpipe.evaluate import EvalConfig
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from optpipe.bench.evidence.stopping import level, looks
+from optpipe.bench.fidelity.quality import QualityConfig
 from optpipe.bench.machine import usable_cores
-from optpipe.bench.quality import QualityConfig
-from optpipe.bench.stopping import level, looks
 from optpipe.errors import InputError
 
 DTYPES = ("float32", "float16", "bfloat16")

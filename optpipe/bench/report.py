@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from optpipe import evaluate
-from optpipe.bench import assess
 from optpipe.bench.cells import Entry, Table
+from optpipe.bench.evidence.statistics import LEVEL
+from optpipe.bench.fidelity import assess
 from optpipe.bench.judgement import Judgement
 from optpipe.bench.outcome import Outcome
-from optpipe.bench.publish import publish
-from optpipe.bench.samples import Sample
+from optpipe.bench.pages.publish import publish
 from optpipe.bench.scenario import hash_ids
-from optpipe.bench.statistics import LEVEL
 from optpipe.bench.summary import crossover, recommendation
+from optpipe.bench.timed.samples import Sample
 from optpipe.bench.worker import Arm
 
 SCHEMA = "optpipe.report/1"

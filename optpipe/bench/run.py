@@ -10,16 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from optpipe.artifact import Artifact
-from optpipe.bench import bottleneck, gate, machine, quality, report, tables
-from optpipe.bench.anchored import Turns
-from optpipe.bench.measure import BenchConfig, Session, measure
+from optpipe.bench import machine, report
+from optpipe.bench.bottlenecks import bottleneck
+from optpipe.bench.bottlenecks.physics import survey
+from optpipe.bench.fidelity import gate, quality
 from optpipe.bench.outcome import Outcome
-from optpipe.bench.physics import survey
+from optpipe.bench.pages import tables
 from optpipe.bench.resident import Residents, plan_twice, reside
-from optpipe.bench.samples import AGAIN
 from optpipe.bench.scenario import Cell, Scenario, cells, prompt_seed, read_texts
-from optpipe.bench.selftest import SHORT_RUNS, selftest
-from optpipe.bench.timing import WARM
+from optpipe.bench.timed.anchored import Turns
+from optpipe.bench.timed.measure import BenchConfig, Session, measure
+from optpipe.bench.timed.samples import AGAIN
+from optpipe.bench.timed.selftest import SHORT_RUNS, selftest
+from optpipe.bench.timed.timing import WARM
 from optpipe.bench.worker import Arm, Worker
 from optpipe.errors import StageError
 from optpipe.evaluate import EvalConfig, Evaluate

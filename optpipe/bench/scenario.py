@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from optpipe.bench.arrivals import Scale, read_trace
 from optpipe.bench.backend import Ids
+from optpipe.bench.serving.arrivals import Scale, read_trace
 from optpipe.errors import InputError
 
 ARRIVALS = ("poisson", "burst", "closed", "trace")
 STRIDE = 1_000_003
 """Between the seeds of two prompts."""
-BUNDLED_TRACE = Path(__file__).resolve().parent / "trace.jsonl"
+BUNDLED_TRACE = Path(__file__).resolve().parent / "serving" / "trace.jsonl"
 
 
 @dataclass(kw_only=True)  # not frozen: OmegaConf would not merge into it

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from optpipe.bench.verdict import FASTER
+from optpipe.bench.evidence.verdict import FASTER
 
 ACCEPTED = ("lossless", "near", "compressed")
 """Tiers of quality that may be recommended."""

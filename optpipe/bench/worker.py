@@ -23,7 +23,7 @@ import numpy as np
 
 from optpipe.artifact import Artifact
 from optpipe.bench.backend import Backend, Ids, backend_class
-from optpipe.bench.clock import Trace, generate
+from optpipe.bench.timed.clock import Trace, generate
 from optpipe.errors import StageError
 
 START_S = 300.0

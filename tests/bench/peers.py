@@ -27,8 +27,8 @@ import numpy as np
 import optpipe
 from optpipe.artifact import Artifact
 from optpipe.bench.backend import Backend, Ids, Logits, backend_class
-from optpipe.bench.clock import Trace
-from optpipe.bench.statistics import ratio
+from optpipe.bench.evidence.statistics import ratio
+from optpipe.bench.timed.clock import Trace
 from optpipe.bench.worker import Arm, Worker
 from optpipe.build.ort import Ort
 from optpipe.export.onnx import Onnx
@@ -127,7 +127,7 @@ class Generate:
 
     def __call__(self, backend: Backend) -> tuple[float, float]:
         """(time to the first token, mean gap after it), seconds."""
-        from optpipe.bench.clock import generate
+        from optpipe.bench.timed.clock import generate
 
         start = time.perf_counter_ns()
         if isinstance(backend, Peer):

@@ -5,11 +5,11 @@ import math
 import numpy as np
 
 from optpipe.bench import report
-from optpipe.bench.clock import Trace
-from optpipe.bench.measure import BenchConfig, Measured, Session, measure
 from optpipe.bench.outcome import Outcome
-from optpipe.bench.samples import AGAIN
 from optpipe.bench.scenario import Cell
+from optpipe.bench.timed.clock import Trace
+from optpipe.bench.timed.measure import BenchConfig, Measured, Session, measure
+from optpipe.bench.timed.samples import AGAIN
 from optpipe.bench.worker import Iterate, Iteration, Loaded
 
 CELLS = [Cell("single", 1, 8, 4), Cell("long_text", 1, 16, 2), Cell("batch", 4, 8, 4)]

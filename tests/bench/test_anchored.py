@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 from simulated import CELLS, FACTS, TOLD, Machine, SimWorker
 
-from optpipe.bench import anchored, report, timing
-from optpipe.bench.anchored import Turns, probe, schedule
-from optpipe.bench.measure import BenchConfig
+from optpipe.bench import report
 from optpipe.bench.outcome import Outcome
 from optpipe.bench.resident import Residents
+from optpipe.bench.timed import anchored, timing
+from optpipe.bench.timed.anchored import Turns, probe, schedule
+from optpipe.bench.timed.measure import BenchConfig
 
 
 def test_equal_neighbours_stay_loaded():

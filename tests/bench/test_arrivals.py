@@ -6,8 +6,15 @@ import numpy as np
 import pytest
 from scipy.stats import expon, gamma, kstest
 
-from optpipe.bench.arrivals import Scale, lengths, prompt_ids, read_trace, synthetic_trace, times_s
 from optpipe.bench.scenario import BUNDLED_TRACE
+from optpipe.bench.serving.arrivals import (
+    Scale,
+    lengths,
+    prompt_ids,
+    read_trace,
+    synthetic_trace,
+    times_s,
+)
 from optpipe.errors import InputError
 
 

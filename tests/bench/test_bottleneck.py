@@ -5,11 +5,11 @@ import math
 
 import pytest
 
-from optpipe.bench import bottleneck
-from optpipe.bench.ceilings import Ceilings
-from optpipe.bench.cost import Model, Product, cell_costs
-from optpipe.bench.realised import realised
-from optpipe.bench.roofline import floor_s
+from optpipe.bench.bottlenecks import bottleneck
+from optpipe.bench.bottlenecks.ceilings import Ceilings
+from optpipe.bench.bottlenecks.cost import Model, Product, cell_costs
+from optpipe.bench.bottlenecks.realised import realised
+from optpipe.bench.bottlenecks.roofline import floor_s
 from optpipe.bench.scenario import Cell
 
 CEILINGS = Ceilings(bandwidth=((1e6, 1e11),), flops_per_s={"float32": 1e12, "int8": 4e12})

@@ -5,10 +5,10 @@ import time
 import pytest
 import torch
 
-from optpipe.bench import ceilings, roofline
-from optpipe.bench.cost import Model, Product
-from optpipe.bench.physics import survey
-from optpipe.bench.roofline import Step
+from optpipe.bench.bottlenecks import ceilings, roofline
+from optpipe.bench.bottlenecks.cost import Model, Product
+from optpipe.bench.bottlenecks.physics import survey
+from optpipe.bench.bottlenecks.roofline import Step
 from optpipe.bench.scenario import Cell
 from optpipe.bench.worker import Arm
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from simulated import CELLS, MS, Machine, SimWorker, built, session, speedups
 
-from optpipe.bench import clock, samples, timing
-from optpipe.bench.checks import failures
-from optpipe.bench.measure import BenchConfig
-from optpipe.bench.samples import AGAIN
-from optpipe.bench.series import collect
+from optpipe.bench.timed import clock, samples, timing
+from optpipe.bench.timed.checks import failures
+from optpipe.bench.timed.measure import BenchConfig
+from optpipe.bench.timed.samples import AGAIN
+from optpipe.bench.timed.series import collect
 
 CONFIG = BenchConfig(blocks=16, max_blocks=16, warmup_s=0.0, budget_s=1e9)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from fakes import VOCAB
 
-from optpipe.bench.clock import ONE_TOKEN, generate, metrics
+from optpipe.bench.timed.clock import ONE_TOKEN, generate, metrics
 
 
 class Virtual:

@@ -11,7 +11,7 @@ import pytest
 import reports
 
 from optpipe.bench import __main__ as command
-from optpipe.bench import compare, schema
+from optpipe.bench.pages import compare, schema
 
 
 @pytest.fixture
@@ -126,9 +126,9 @@ def test_schema_csv_and_html(runs, capsys):
 
 @pytest.mark.parametrize(("error", "code"), [(0.02, 0), (-0.021, 1)])
 def test_selftest_fails_above_two_percent(monkeypatch, capsys, error, code):
-    fake = types.ModuleType("optpipe.bench.selftest")
+    fake = types.ModuleType("optpipe.bench.timed.selftest")
     fake.selftest = lambda: {"ttft_error": 0.001, "tpot_error": error}
-    monkeypatch.setitem(sys.modules, "optpipe.bench.selftest", fake)
+    monkeypatch.setitem(sys.modules, "optpipe.bench.timed.selftest", fake)
     found, out, err = call(capsys, "selftest")
     assert found == code and "ttft_error 0.100%" in out
     assert ("off by 2.1%" in err) == bool(code)

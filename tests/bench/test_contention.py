@@ -1,6 +1,6 @@
 import pytest
 
-from optpipe.bench.contention import Ticks, Watch, ticks
+from optpipe.bench.timed.contention import Ticks, Watch, ticks
 
 
 def watched(cpu_s=2.0, history=5):

@@ -6,8 +6,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from optpipe.artifact import Artifact
-from optpipe.bench.cost import Model, Product, causal_pairs, cell_costs, experts_read
-from optpipe.bench.executed import costs, graph_model, torch_model
+from optpipe.bench.bottlenecks.cost import Model, Product, causal_pairs, cell_costs, experts_read
+from optpipe.bench.bottlenecks.executed import costs, graph_model, torch_model
 from optpipe.bench.scenario import Cell
 from optpipe.bench.torch import Torch
 from optpipe.build.ort import Ort

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.special import rel_entr
 from scipy.stats import binomtest
 
-from optpipe.bench.divergence import clustered, compare, concatenate, quantile, wilson
+from optpipe.bench.fidelity.divergence import clustered, compare, concatenate, quantile, wilson
 
 
 def random_logits(positions, vocab, seed, scale=3.0):

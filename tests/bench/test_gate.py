@@ -9,14 +9,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from optpipe.artifact import Artifact
-from optpipe.bench import assess, gate, quality
-from optpipe.bench.divergence import compare
-from optpipe.bench.gate import tier
-from optpipe.bench.measure import BenchConfig
-from optpipe.bench.quality import Judged, QualityConfig, Windows
-from optpipe.bench.questions import Steadiness
+from optpipe.bench.fidelity import assess, gate, quality
+from optpipe.bench.fidelity.divergence import compare
+from optpipe.bench.fidelity.gate import tier
+from optpipe.bench.fidelity.quality import Judged, QualityConfig, Windows
+from optpipe.bench.fidelity.questions import Steadiness
 from optpipe.bench.run import measure_arms
 from optpipe.bench.scenario import Cell, Scenario
+from optpipe.bench.timed.measure import BenchConfig
 from optpipe.errors import GateError
 
 VOCAB = 11

@@ -10,9 +10,9 @@ import statistics
 import pytest
 import torch
 
-from optpipe.bench import ceilings, roofline
-from optpipe.bench.cost import Model, Product
-from optpipe.bench.roofline import Step
+from optpipe.bench.bottlenecks import ceilings, roofline
+from optpipe.bench.bottlenecks.cost import Model, Product
+from optpipe.bench.bottlenecks.roofline import Step
 
 pytestmark = pytest.mark.gpu
 ROWS, COLS = 16384, 32768  # 1 GiB in bfloat16: no cache of any GPU holds it

@@ -7,8 +7,8 @@ from html.parser import HTMLParser
 import pytest
 import reports
 
-from optpipe.bench import charts, curves, figure, html, publish
-from optpipe.bench.view import DASH, names, parent, three_digits
+from optpipe.bench.pages import charts, curves, figure, html, publish
+from optpipe.bench.pages.view import DASH, names, parent, three_digits
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 CHARTS = [

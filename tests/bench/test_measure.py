@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from optpipe.bench import timing as module
-from optpipe.bench.measure import BenchConfig, Measured, Session, measure
-from optpipe.bench.quality import QualityConfig
+from optpipe.bench.evidence.statistics import fewest_pairs
+from optpipe.bench.fidelity.quality import QualityConfig
 from optpipe.bench.scenario import Cell, hash_ids, prompt_seed, prompts
-from optpipe.bench.statistics import fewest_pairs
-from optpipe.bench.timing import WARM
+from optpipe.bench.timed import timing as module
+from optpipe.bench.timed.measure import BenchConfig, Measured, Session, measure
+from optpipe.bench.timed.timing import WARM
 from optpipe.bench.worker import Iterate
 from optpipe.config import typed
 from optpipe.errors import InputError

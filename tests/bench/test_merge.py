@@ -6,8 +6,8 @@ import json
 import pytest
 import reports
 
-from optpipe.bench import charts, merge, schema
-from optpipe.bench.merge import Job
+from optpipe.bench.pages import charts, merge, schema
+from optpipe.bench.pages.merge import Job
 
 
 def job_report(gain, key, cells=1):

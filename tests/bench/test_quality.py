@@ -3,11 +3,11 @@ import pytest
 import torch
 
 from optpipe.artifact import Artifact
-from optpipe.bench import quality
 from optpipe.bench.backend import open_backend
-from optpipe.bench.divergence import concatenate
-from optpipe.bench.quality import Judged, QualityConfig, Windows, cut
-from optpipe.bench.questions import Compare, Greedy, Reference, Sample, Steady
+from optpipe.bench.fidelity import quality
+from optpipe.bench.fidelity.divergence import concatenate
+from optpipe.bench.fidelity.quality import Judged, QualityConfig, Windows, cut
+from optpipe.bench.fidelity.questions import Compare, Greedy, Reference, Sample, Steady
 from optpipe.bench.scenario import Cell, hash_ids, prompts
 from optpipe.errors import InputError
 

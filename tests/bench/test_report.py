@@ -13,18 +13,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optpipe.artifact import Artifact
-from optpipe.bench import report, tables
+from optpipe.bench import report
 from optpipe.bench import run as run_module
-from optpipe.bench.ceilings import Ceilings
+from optpipe.bench.bottlenecks.ceilings import Ceilings
+from optpipe.bench.bottlenecks.physics import Physics
 from optpipe.bench.cells import HAND_OVER, NO_PEAK, ONE_NUMBER
-from optpipe.bench.divergence import Positions
-from optpipe.bench.measure import BenchConfig, Measured, Sample
+from optpipe.bench.fidelity.divergence import Positions
+from optpipe.bench.fidelity.quality import Judged, QualityConfig, Windows
 from optpipe.bench.outcome import Outcome
-from optpipe.bench.physics import Physics
-from optpipe.bench.quality import Judged, QualityConfig, Windows
+from optpipe.bench.pages import tables
 from optpipe.bench.resident import plan
 from optpipe.bench.run import arms, run
 from optpipe.bench.scenario import Cell, Scenario
+from optpipe.bench.timed.measure import BenchConfig, Measured, Sample
 from optpipe.bench.worker import Arm, Loaded
 from optpipe.errors import GateError, StageError
 

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optpipe.bench.request import Request, invalid, little, metrics, pooled, reasons
 from optpipe.bench.scenario import Objective
+from optpipe.bench.serving.request import Request, invalid, little, metrics, pooled, reasons
 
 MS = 1_000_000
 LOOSE = Objective(ttft_s=None, tpot_s=None, e2e_s=None)

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from optpipe.bench.resampling import autocorrelation, hierarchical, moving_block
-from optpipe.bench.statistics import hodges_lehmann
+from optpipe.bench.evidence.resampling import autocorrelation, hierarchical, moving_block
+from optpipe.bench.evidence.statistics import hodges_lehmann
 
 
 def autoregressive(rng, n, rho):

@@ -3,7 +3,7 @@ import multiprocessing
 import pytest
 
 from optpipe.bench.resident import plan_twice, reside
-from optpipe.bench.samples import AGAIN
+from optpipe.bench.timed.samples import AGAIN
 
 
 def test_the_baseline_is_resident_twice_where_that_unpairs_no_arm():

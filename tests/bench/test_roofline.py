@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optpipe.bench import roofline
-from optpipe.bench.ceilings import Ceilings, curve
-from optpipe.bench.cost import Model, Product
-from optpipe.bench.remedies import Bound, Remedy, queue_remedies, remedies, scaled
-from optpipe.bench.roofline import ImpossibleError, Step, Use
+from optpipe.bench.bottlenecks import roofline
+from optpipe.bench.bottlenecks.ceilings import Ceilings, curve
+from optpipe.bench.bottlenecks.cost import Model, Product
+from optpipe.bench.bottlenecks.remedies import Bound, Remedy, queue_remedies, remedies, scaled
+from optpipe.bench.bottlenecks.roofline import ImpossibleError, Step, Use
 
 BANDWIDTH, PEAK = 2e11, 2e13
 CEILINGS = Ceilings(bandwidth=((1e6, BANDWIDTH),), flops_per_s={"float16": PEAK, "int8": 2 * PEAK})

@@ -7,7 +7,7 @@ import pytest
 import reports
 from jsonschema import Draft202012Validator
 
-from optpipe.bench import schema
+from optpipe.bench.pages import schema
 
 
 def put(path, value):

@@ -1,6 +1,6 @@
 """T1 (b): known delays through the whole path, a process of its own, on the real clock."""
 
-from optpipe.bench.selftest import LIMITS, RUNS, selftest
+from optpipe.bench.timed.selftest import LIMITS, RUNS, selftest
 
 
 def test_known_delays_are_measured_as_planned():

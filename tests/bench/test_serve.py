@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from fakes import VOCAB
 
-from optpipe.bench import checks, load, timing
-from optpipe.bench.load import Load, highest_rate
-from optpipe.bench.measure import BenchConfig, Measured, Session, measure
-from optpipe.bench.request import invalid, metrics
 from optpipe.bench.scenario import Cell, Objective, Scenario, Serving, hash_ids
-from optpipe.bench.serve import Arrived, Ask, Closed, Open, Serve, Served, serve
+from optpipe.bench.serving import load
+from optpipe.bench.serving.load import Load, highest_rate
+from optpipe.bench.serving.request import invalid, metrics
+from optpipe.bench.serving.serve import Arrived, Ask, Closed, Open, Serve, Served, serve
+from optpipe.bench.timed import checks, timing
+from optpipe.bench.timed.measure import BenchConfig, Measured, Session, measure
 from optpipe.bench.worker import Worker
 
 MS = 1_000_000

@@ -8,9 +8,9 @@ import pytest
 from scipy.stats import ttest_ind
 from simulated import CELLS, Machine, SimWorker, built, session, speedups
 
-from optpipe.bench import timing
-from optpipe.bench.measure import BenchConfig
-from optpipe.bench.samples import AGAIN
+from optpipe.bench.timed import timing
+from optpipe.bench.timed.measure import BenchConfig
+from optpipe.bench.timed.samples import AGAIN
 
 
 @pytest.fixture(autouse=True)

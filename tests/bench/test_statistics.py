@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binom, ttest_1samp, wilcoxon
 
-from optpipe.bench import statistics
+from optpipe.bench.evidence import statistics
 
 
 def brute_cdf(n):

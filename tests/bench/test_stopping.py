@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from optpipe.bench.statistics import hodges_lehmann
-from optpipe.bench.stopping import late_start, level, looks, settled, truncation
+from optpipe.bench.evidence.statistics import hodges_lehmann
+from optpipe.bench.evidence.stopping import late_start, level, looks, settled, truncation
 
 
 def test_looks_double_and_end_at_the_last():

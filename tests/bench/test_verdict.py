@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
+from optpipe.bench.evidence.statistics import ratio
+from optpipe.bench.evidence.verdict import Evidence, primary, verdicts
 from optpipe.bench.scenario import Cell
-from optpipe.bench.statistics import ratio
-from optpipe.bench.verdict import Evidence, primary, verdicts
 
 RNG = np.random.default_rng(0)
 

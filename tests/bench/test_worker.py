@@ -4,7 +4,7 @@ import time
 import numpy as np
 import pytest
 
-from optpipe.bench.clock import metrics
+from optpipe.bench.timed.clock import metrics
 from optpipe.bench.worker import Iterate, Worker
 from optpipe.errors import StageError
 

@@ -1,0 +1,1 @@
+"""What binds each artifact: ceilings of the machine, bytes and FLOPs, remedies."""

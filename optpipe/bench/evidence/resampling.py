@@ -1,0 +1,87 @@
+"""Bootstrap intervals, for what the signed rank cannot give: dependent blocks, ratios of sums.
+
+They cover too little below thirty blocks, so that they only ever stand beside an exact interval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from optpipe.bench.evidence.statistics import LEVEL, Floats, Interval
+
+FEWEST_BLOCKS = 30
+DEPENDENT = 0.3
+"""Lag-1 autocorrelation beyond which differences of blocks are not taken as independent."""
+REPEATS, FEWEST_REPEATS = 10_000, 1_000
+DRAWS, CHUNK = 40_000_000, 2_000_000
+"""Values drawn in all, which large samples reach before REPEATS, and at a time."""
+
+
+def autocorrelation(values: Sequence[float]) -> float:
+    """Lag-1 autocorrelation; 0 for a constant or fewer than three values."""
+    centered = np.asarray(values, dtype=np.float64) - np.mean(values)
+    total = float((centered**2).sum())
+    return float((centered[1:] * centered[:-1]).sum()) / total if len(values) > 2 and total else 0.0
+
+
+def moving_block(
+    values: Sequence[float], seed: int, level: float = LEVEL, repeats: int = 2000
+) -> Interval:
+    """Percentile interval of the midmean of a dependent series (Kuensch 1989, Ann. Stat. 17).
+
+    Runs of about n^(1/3) consecutive values are drawn, which keeps what they have in common. The
+    midmean, the mean of the middle half, withstands bursts as the Hodges-Lehmann estimate does.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    n = len(array)
+    length = max(2, round(n ** (1 / 3)))
+    rng = np.random.default_rng([seed, n])
+    starts = rng.integers(0, n - length + 1, (repeats, -(-n // length)))
+    drawn = array[(starts[..., None] + np.arange(length)).reshape(repeats, -1)[:, :n]]
+    quarter = n // 4
+    centers = np.sort(drawn, axis=1)[:, quarter : n - quarter].mean(1)
+    return _tails(centers, level)
+
+
+def hierarchical(
+    amounts: tuple[Floats, Floats], times: tuple[Floats, Floats], seed: int, level: float = LEVEL
+) -> Interval:
+    """Interval of the log-ratio of two throughputs; blocks are drawn, then requests inside them.
+
+    ``amounts`` and ``times`` hold (blocks, requests) of the baseline and of the artifact. Both
+    draw the same blocks, for what a block did to one it did to the other.
+    """
+    blocks = len(amounts[0])
+    if blocks < FEWEST_BLOCKS:
+        raise ValueError(f"{blocks} blocks; a bootstrap of blocks needs {FEWEST_BLOCKS}")
+    rng = np.random.default_rng([seed, blocks])
+    found = []
+    size = max(a.size for a in amounts)
+    repeats, per_round = min(REPEATS, max(DRAWS // size, FEWEST_REPEATS)), max(1, CHUNK // size)
+    for start in range(0, repeats, per_round):
+        count = min(per_round, repeats - start)
+        rows = rng.integers(0, blocks, (count, blocks))
+        logs = [
+            _throughput(amount, time, rows, rng)
+            for amount, time in zip(amounts, times, strict=True)
+        ]
+        found.append(logs[1] - logs[0])
+    return _tails(np.concatenate(found), level)
+
+
+def _throughput(
+    amounts: Floats, times: Floats, rows: np.ndarray, rng: np.random.Generator
+) -> Floats:
+    """Log of sum over sum for each row of drawn blocks, requests drawn within each block."""
+    requests = amounts.shape[1]
+    cols = rng.integers(0, requests, (*rows.shape, requests))
+    picked = rows[..., None], cols
+    drawn: Floats = np.log(amounts[picked].sum((1, 2))) - np.log(times[picked].sum((1, 2)))
+    return drawn
+
+
+def _tails(values: Floats, level: float) -> Interval:
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

@@ -1,0 +1,113 @@
+"""FASTER, SLOWER, EQUIVALENT, INCONCLUSIVE or INVALID, with the error of all verdicts of a report
+together below 5 % (Holm 1979). All other ratios have an interval and no verdict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from optpipe.bench.evidence.statistics import (
+    LEVEL,
+    Shift,
+    blocks_needed,
+    fewest_pairs,
+    holm,
+    smallest_effect,
+)
+from optpipe.bench.scenario import Cell
+
+FASTER, SLOWER, EQUIVALENT = "FASTER", "SLOWER", "EQUIVALENT"
+INCONCLUSIVE, INVALID = "INCONCLUSIVE", "INVALID"
+ALPHA = 1 - LEVEL
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What is known of one primary ratio; above 1 is better."""
+
+    shift: Shift | None
+    """Over paired blocks, at the level of one look; None: there are no pairs."""
+    why: str = ""
+    """Why there are no pairs."""
+    invalid: str | None = None
+    """Which consistency check failed, if one did."""
+    apart: bool = False
+    """Whether the arms were never resident together, which weakens whatever is found."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    verdict: str | None
+    """None: there is nothing to judge."""
+    reason: str
+    p_holm: float | None = None
+    blocks_needed: int | None = None
+    """Of an inconclusive one: blocks that find a difference of delta in 80 % of runs."""
+    mde: float | None = None
+    """The smallest relative difference that these blocks find in 80 % of runs."""
+
+
+def primary(cells: Sequence[Cell]) -> dict[Cell, tuple[str, ...]]:
+    """The metrics of each cell that get a verdict, decided before anything is measured.
+
+    TPOT of single, TTFT of long_text at its longest, tokens/s of batch at its largest, and peak
+    memory of the cell that holds most tokens.
+    """
+    found: dict[Cell, list[str]] = {cell: [] for cell in cells}
+    for cell in (c for c in cells if c.scenario == "single"):
+        found[cell].append("tpot_s" if cell.new_tokens > 1 else "ttft_s")
+    for scenario, metric in (("long_text", "ttft_s"), ("batch", "tokens_per_s")):
+        if own := [cell for cell in cells if cell.scenario == scenario]:
+            found[max(own, key=lambda c: (c.batch, c.prompt_tokens))].append(metric)
+    if cells:
+        found[max(cells, key=lambda c: c.batch * c.tokens)].append("peak_bytes")
+    return {cell: tuple(metrics) for cell, metrics in found.items()}
+
+
+def verdicts(family: Sequence[Evidence], looks: int, delta: float) -> list[Verdict]:
+    """One for each member of the family, in its order.
+
+    ``looks``: how often a cell may have been looked at before it ended.
+    """
+    counted = [e.shift.p if e.shift and e.invalid is None else None for e in family]
+    adjusted = iter(holm([min(1.0, p * looks) for p in counted if p is not None]))
+    p_holm = [None if p is None else next(adjusted) for p in counted]
+    size = sum(p is not None for p in counted)
+    alpha = ALPHA / looks / max(size, 1)  # of the first step of Holm, the hardest
+    return [_decide(evidence, p, alpha, delta) for evidence, p in zip(family, p_holm, strict=True)]
+
+
+def _decide(evidence: Evidence, p_holm: float | None, alpha: float, delta: float) -> Verdict:
+    shift = evidence.shift
+    if evidence.invalid is not None:
+        return Verdict(verdict=INVALID, reason=evidence.invalid)
+    if shift is None or p_holm is None:
+        return Verdict(verdict=None, reason=evidence.why)
+    verdict, reason = _direction(shift, p_holm, delta)
+    if evidence.apart and verdict != INCONCLUSIVE:
+        reason = f"not timed side by side, where it would be {verdict}: {reason}"
+        verdict = INCONCLUSIVE
+    needed = None
+    if verdict == INCONCLUSIVE:
+        needed = max(blocks_needed(shift.spread, delta, alpha), fewest_pairs(1 - alpha))
+    return Verdict(
+        verdict=verdict,
+        reason=reason,
+        p_holm=p_holm,
+        blocks_needed=needed,
+        mde=smallest_effect(shift.spread, shift.pairs, alpha),
+    )
+
+
+def _direction(shift: Shift, p_holm: float, delta: float) -> tuple[str, str]:
+    if shift.ci is None:
+        return INCONCLUSIVE, f"{shift.pairs} paired blocks are too few for an interval"
+    low, high = shift.ci
+    if 1 / (1 + delta) <= low and high <= 1 + delta:
+        return EQUIVALENT, f"the whole interval lies within {delta:.0%} of 1"
+    if low <= 1 <= high:
+        return INCONCLUSIVE, "the interval holds 1 and more than a negligible difference"
+    if p_holm > ALPHA:
+        return INCONCLUSIVE, f"with all verdicts of this report together, p is {p_holm:.2g}"
+    return (FASTER if low > 1 else SLOWER), f"the interval excludes 1, p is {p_holm:.2g}"

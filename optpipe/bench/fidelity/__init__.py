@@ -1,0 +1,1 @@
+"""What an artifact lost: divergence from the baseline, tiers, the gate before timing."""

@@ -1,0 +1,1 @@
+"""What people and tools read: report.html, report.md, its schema, comparisons, sweeps."""

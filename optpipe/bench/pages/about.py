@@ -1,0 +1,263 @@
+"""The second half of report.html: why, how sure, what is missing, and how to make it again."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from optpipe.bench.pages import curves
+from optpipe.bench.pages.markup import (
+    Safe,
+    bullets,
+    details,
+    figure,
+    join,
+    note,
+    section,
+    table,
+    tag,
+)
+from optpipe.bench.pages.view import DASH, METRICS, Entry, interval, names, number, share, where
+
+MOST = 6
+"""Names in one field of a table; the others are counted."""
+CLASSES = {
+    "memory_bandwidth_weights": "bandwidth, for weights",
+    "memory_bandwidth_kv": "bandwidth, for the KV cache",
+}
+LIMIT = ("artifact", "limited by", "decode MBU", "decode MFU", "FLOP/byte", "prefill MBU",
+         "prefill MFU", "FLOP/byte")  # fmt: skip
+VOTES = ("artifact", "phase", "ridge, FLOP/byte", "intensity", "utilisation", "elasticity")
+REMEDY = ("artifact", "phase", "remedy", "why", "predicted", "tried in", "came true")
+
+
+def limits(report: Entry) -> Safe:
+    """What bounds every artifact in the first cell, and what would help."""
+    given = [
+        (name, found)
+        for name, artifact in zip(names(report), report["artifacts"], strict=True)
+        if (found := artifact["cells"][0].get("bottleneck"))
+    ]
+    if not given:
+        return section("What limits it", note("This report holds no bottleneck analysis."))
+    title = "Roofline of this machine"
+    svg = curves.roofline(report, 0, title)
+    read = (
+        "The grey roofs are what this machine was measured to reach; a point on the slope is "
+        "limited by memory bandwidth, under the flat part by arithmetic. The distance below the "
+        "roof is what the kernels leave unused. Filled: decode, hollow square: prefill."
+    )
+    votes = [row for name, found in given for row in _vote_rows(name, found)]
+    return section(
+        "What limits it",
+        note(
+            f"In {where(report['artifacts'][0]['cells'][0])}. MBU and MFU: the share of the "
+            "measured memory bandwidth and of the measured arithmetic rate that was used."
+        ),
+        tag("div", figure(title, svg, read), class_="one") if svg else "",
+        table(LIMIT, [_limit_row(*one) for one in given], "what limits every artifact"),
+        details("Votes", table(VOTES, votes, "votes on what limits it")),
+        *_remedies(report, given),
+    )
+
+
+def _limit_row(name: str, found: Entry) -> tuple[str, ...]:
+    row = [name, CLASSES.get(found["class"], found["class"]) or DASH]
+    for phase in ("decode", "prefill"):
+        facts = (found.get("phase") or {}).get(phase) or {}
+        row += [share(facts.get("mbu")), share(facts.get("mfu")), number(facts.get("intensity"))]
+    return tuple(row)
+
+
+def _vote_rows(name: str, found: Entry) -> Iterator[tuple[str, ...]]:
+    for phase in ("decode", "prefill"):
+        facts = (found.get("phase") or {}).get(phase) or {}
+        votes = facts.get("votes") or {}
+        yield (name, phase, number(facts.get("ridge")), *(votes.get(key) or DASH
+               for key in VOTES[3:]))  # fmt: skip
+
+
+def _remedies(report: Entry, given: Sequence[tuple[str, Entry]]) -> Iterator[Safe]:
+    """Advice for the baseline, which the artifacts may have followed; for those folded away."""
+    called = dict(zip((a["name"] for a in report["artifacts"]), names(report), strict=True))
+    rows = [row for name, found in given for row in _remedy_rows(name, found, called)]
+    first = [row for row in rows if row[0] == given[0][0]]
+    if rows:
+        yield tag("h3", "What would help")
+        yield table(REMEDY, first or rows, "remedies", "stack")
+    if first and len(first) < len(rows):
+        yield details(
+            "For the other artifacts", table(REMEDY, rows[len(first) :], "remedies", "stack")
+        )
+
+
+def _remedy_rows(name: str, found: Entry, called: Mapping[str, str]) -> Iterator[tuple[str, ...]]:
+    phases = found.get("phase") or {}
+    places = {"all": found, **{key: facts for key, facts in phases.items() if key != "reasons"}}
+    for phase, facts in places.items():
+        for remedy in (facts or {}).get("remedies", ()):
+            yield (
+                name,
+                phase,
+                remedy["name"],
+                remedy["why"],
+                number(remedy["predicted_speedup"], 1, "{:.2f}\u00d7"),
+                called.get(remedy["artifact"], DASH),
+                share(remedy["realised"]),
+            )
+
+
+def drift(report: Entry, series: Sequence[Entry]) -> Safe:
+    """Every iteration of every cell in the order of its blocks."""
+    drawn = [
+        figure(title, svg)
+        for index, cell in enumerate(report["artifacts"][0]["cells"])
+        if (svg := curves.timeline(report, index, series, title := f"Drift: {where(cell)}"))
+    ]
+    if not drawn:
+        why = (
+            "The raw timings of a sweep are in the folders of its jobs."
+            if report["run"].get("jobs")
+            else "There are no raw timings beside this report."
+        )
+        return section("Drift", note(why))
+    read = (
+        "One line an artifact, black is the baseline; 1 is its own median. Lines that move "
+        "together are the machine drifting, which paired ratios cancel; one that moves alone is "
+        "its own. Hollow marks are warm-up, crosses are tainted blocks: neither counts."
+    )
+    return section("Drift", note(read), tag("div", join(drawn), class_="grid"))
+
+
+def missing(report: Entry) -> Safe:
+    """Every reason in the report, and which numbers it explains."""
+    found: dict[str, list[Missing]] = {}
+    for one in reasons(report):
+        found.setdefault(one.why, []).append(one)
+    if not found:
+        return section("What is missing, and why", note("Nothing: every number was measured."))
+    artifacts, cells = len(report["artifacts"]), len(report["artifacts"][0]["cells"])
+    rows = [
+        (
+            why,
+            _some([METRICS.get(one.key, one.key) for one in of], 0, ""),
+            _some([one.artifact for one in of], artifacts, "all artifacts"),
+            _some([one.cell for one in of if one.cell], cells, "all cells") or DASH,
+        )
+        for why, of in found.items()
+    ]
+    header = ("reason", "numbers", "of", "in")
+    return section("What is missing, and why", table(header, rows, "missing values", "wrap stack"))
+
+
+class Missing(NamedTuple):
+    """One number that is not there; ``cell`` is empty where it belongs to no cell."""
+
+    artifact: str
+    cell: str
+    key: str
+    why: str
+
+
+def reasons(report: Entry) -> Iterator[Missing]:
+    """Everything with a reason; of ratios only those of a metric that was measured."""
+    for key, why in _reasons(report["run"], ("bench", "scenarios")):
+        yield Missing("the run", "", key, why)
+    for name, artifact in zip(names(report), report["artifacts"], strict=True):
+        for key, why in _reasons(artifact, ("cells", "stats")):
+            yield Missing(name, "", key, why)
+        for cell in artifact["cells"]:
+            at = f"{cell['scenario']} {cell['batch']} \u00d7 {cell['prompt_tokens']}"
+            for key, why in _reasons(cell, ("speedup",)):
+                yield Missing(name, at, key, why)
+            for key, speedup in cell["speedup"].items():
+                if speedup["ratio"] is None and cell.get(key) is not None:
+                    ratio = f"{METRICS.get(key, key)} \u00d7"
+                    yield Missing(name, at, ratio, speedup["reasons"]["ratio"])
+
+
+def _reasons(node: Any, without: Sequence[str]) -> Iterator[tuple[str, str]]:
+    if isinstance(node, list):
+        for item in node:
+            yield from _reasons(item, ())
+    elif isinstance(node, dict):
+        yield from (node.get("reasons") or {}).items()
+        for key, inner in node.items():
+            if key not in without and key != "reasons":
+                yield from _reasons(inner, ())
+
+
+def _some(found: Sequence[str], every: int, all_of_them: str) -> str:
+    """Different ones, at most ``MOST`` by name; in one word if it is ``every`` one of several."""
+    different = [*dict.fromkeys(found)]
+    if len(different) == every > 1:
+        return all_of_them
+    more = f" and {len(different) - MOST} more" if len(different) > MOST else ""
+    return ", ".join(different[:MOST]) + more
+
+
+def machine(report: Entry) -> Safe:
+    """Where it was measured, with what, and how fine the instrument is."""
+    run = report["run"]
+    about = {key: value for key, value in run["machine"].items() if key != "reasons"}
+    facts = [(key.replace("_", " "), _fact(key, value)) for key, value in about.items()]
+    versions = [(name, version) for name, version in run["versions"].items()]
+    design = run["design"]
+    lines = [f"Timing: {design['timing']}.", f"Intervals: {design['interval']}."]
+    if instrument := design.get("instrument"):
+        errors = [f"{key.partition('_')[0].upper()} {share(value)}" for key, value in
+                  instrument.items() if key.endswith("_error")]  # fmt: skip
+        lines.append(f"Error of the instrument on known delays: {', '.join(errors)}.")
+    return section(
+        "Machine, versions, instrument",
+        bullets(lines),
+        *_resolution(design.get("resolution") or ()),
+        tag("div", join([
+            table(("machine", ""), facts, "machine", "wrap"),
+            table(("package", "version"), versions, "versions", "wrap"),
+        ]), class_="grid"),
+    )  # fmt: skip
+
+
+def _resolution(cells: Sequence[Entry]) -> Iterator[Safe]:
+    """What the baseline against itself looked like: no ratio means more than this."""
+    rows = [
+        (where(cell), METRICS.get(key, key), interval(entry, "{:.3f}"),
+         share(entry.get("half_width")))
+        for cell in cells
+        for key, entry in cell.items()
+        if isinstance(entry, dict) and "ratio" in entry
+    ]  # fmt: skip
+    if rows:
+        header = ("cell", "metric", "baseline over baseline", "resolution")
+        yield note("The baseline was also measured against itself; a smaller difference than the "
+                   "resolution cannot be seen.")  # fmt: skip
+        yield details("Resolution", table(header, rows, "resolution"))
+
+
+def _fact(key: str, value: Any) -> str:
+    if value is None:
+        return DASH
+    if key.endswith("_bytes"):
+        return f"{value / 1e9:.1f} GB"
+    if isinstance(value, list):
+        return ", ".join(f"{item:.2f}" if isinstance(item, float) else str(item) for item in value)
+    return str(value)
+
+
+def reproduce(report: Entry) -> Safe:
+    """The command that makes this report again."""
+    run = report["run"]
+    command = tag("pre", tag("code", shlex.join(run["command"])), tabindex="0")
+    jobs = [
+        (job["name"], job["folder"], "yes" if job["report"] else job.get("reason") or DASH)
+        for job in run.get("jobs", ())
+    ]
+    return section(
+        "To reproduce",
+        command,
+        note(f"Seed {run['seed']}, {run['threads']} threads, optpipe "
+             f"{run['versions'].get('optpipe', DASH)}, on the machine above."),
+        *([table(("job", "folder", "report"), jobs, "jobs of the sweep", "wrap")] if jobs else []),
+    )  # fmt: skip

@@ -1,0 +1,227 @@
+"""The report for people: report.md and the table on the screen, from the rows of report.json."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from optpipe.bench.bottlenecks import bottleneck
+from optpipe.bench.fidelity import gate
+
+Row = list[str]
+NONE = "-"
+SPEED = ("artifact", "MB", "ppl", "KL", "TTFT ms", "TPOT ms", "tok/s", "peak MB",
+         "TTFT x [95 %]", "TPOT x [95 %]", "tok/s x [95 %]", "verdict")  # fmt: skip
+ON_SCREEN = (0, 1, 2, 4, 5, 6, 9, 11)
+"""Columns of SPEED that fit in 100 characters."""
+TITLES = {"ttft_s": "TTFT", "tpot_s": "TPOT", "tokens_per_s": "tok/s", "peak_bytes": "memory"}
+PLAIN_WIDTH = 100
+SIZES = ("artifact", "MB on disk", "MB in memory", "claimed", "found in the files")
+NOT_INCLUDED = (
+    "Time: tokenizing, detokenizing, sampling other than arg-max, loading and the network. "
+    "Loading is timed on its own, once, with files that may already be in the page cache.",
+    "Prompts of timed runs are random token ids, the same for all arms; end-of-text does not stop "
+    "them. Speed here does not depend on what the text says; speculative decoding would.",
+    "TTFT is from the request to the first token on the host, TPOT the mean gap between the tokens "
+    "after it, tok/s counts output tokens of all rows over the whole iteration.",
+    "Peak memory is that of the worker's whole process, runtime libraries included, on a CPU; what "
+    "torch allocated on a GPU.",
+    "x: how many times better than the baseline in the same block, above 1 is better; in brackets "
+    "the 95 % interval. Many ratios are shown: one in twenty intervals misses by chance.",
+    "Verdicts are on metrics chosen beforehand, with an error of at most 5 % for all of a report "
+    "together (Holm): EQUIVALENT if the whole interval lies within a negligible difference, "
+    "INCONCLUSIVE if the blocks do not decide, INVALID if a check failed that any honest "
+    "measurement passes.",
+)
+
+
+def show(report: Mapping[str, Any]) -> None:
+    """Print the speed tables on standard error."""
+    console = Console(stderr=True, width=None if sys.stderr.isatty() else PLAIN_WIDTH)
+    for title, rows in speed_tables(report):
+        table = Table(
+            title=title, title_justify="left", box=None, padding=(0, 1), collapse_padding=True
+        )
+        for index in ON_SCREEN:
+            table.add_column(SPEED[index], justify="right" if index else "left", no_wrap=True)
+        for *row, verdict in rows:
+            row.append(verdict.partition(",")[0])  # that of the speed: memory is in report.md
+            table.add_row(*(row[index] for index in ON_SCREEN))
+        console.print(table)
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The whole of report.md."""
+    run = report["run"]
+    machine = run["machine"]
+    parts = [
+        f"# {' '.join(run.get('command', ['optpipe']))}",
+        f"{run['started']}, {run['duration_s']:.0f} s, seed {run['seed']}, "
+        f"{run['threads']} threads, {machine['cpu']}, {machine['cores_usable']} cores, "
+        f"load {machine['load'][0]:.2f}",
+    ]
+    for title, rows in speed_tables(report):
+        parts += [f"## {title}", _markdown_table(SPEED, rows)]
+    parts += [f"## {title}\n\n{text}" for title, text in _conclusions(report) if text]
+    for title, rows in bottleneck.rows(report):
+        parts += [f"## Bottlenecks, {title}", _markdown_table(bottleneck.HEADER, rows)]
+    parts += ["## What was claimed, what is there", _markdown_table(SIZES, _size_rows(report))]
+    parts += [f"## Quality\n\n{_quality_line(run['design']['quality'])}"]
+    parts += [_markdown_table(gate.HEADER, gate.rows(report))]
+    less = run["design"]["quality"]["reasons"]
+    parts += [f"Less text than asked for: {less[k]}." for k in ("window", "windows") if k in less]
+    if reasons := [*_reasons(report)]:
+        parts += ["## What is missing, and why", "\n".join(f"- {line}" for line in reasons)]
+    parts += ["## What these numbers do not include", "\n".join(f"- {n}" for n in NOT_INCLUDED)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _conclusions(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What to take, what this run can resolve, and what is wrong with it."""
+    design = report["run"]["design"]
+    advice = (f"- {r['scenario']}: {r['artifact']} ({r['why']})" for r in report["recommendation"])
+    yield "Recommendation", "\n".join(advice)
+    yield "What this run can resolve", "\n".join(_resolution_lines(design))
+    invalid = (f"- {why}" for why in report["run"]["invalid_reasons"])
+    yield "What is INVALID, and why", "\n".join(invalid)
+
+
+def _resolution_lines(design: Mapping[str, Any]) -> Iterator[str]:
+    """Two identical workers of the baseline against each other, and the instrument alone."""
+    for cell in design["resolution"]:
+        shown = [f"{t} x {_ratio(cell[m])}" for m, t in TITLES.items() if cell[m]["ratio"]]
+        if shown:
+            where = f"{cell['scenario']} {cell['batch']} x {cell['prompt_tokens']}"
+            yield f"- {where}, the baseline against itself: {', '.join(shown)}"
+    if design["instrument"]:
+        told = design["instrument"].items()
+        errors = [f"{k[:-6].upper()} {v:+.2%}" for k, v in told if k.endswith("_error")]
+        yield f"- known delays, relative error: {', '.join(errors)}"
+
+
+def speed_tables(report: Mapping[str, Any]) -> Iterator[tuple[str, list[Row]]]:
+    """One table a cell: its title, its rows in pipeline order."""
+    artifacts = report["artifacts"]
+    for index, cell in enumerate(artifacts[0]["cells"]):
+        title = (
+            f"{cell['scenario']}: {cell['batch']} x {cell['prompt_tokens']} prompt tokens, "
+            f"{cell['new_tokens']} new, {cell['blocks']} blocks"
+        )
+        yield title, [_speed_row(artifact, artifact["cells"][index]) for artifact in artifacts]
+
+
+def _speed_row(artifact: Mapping[str, Any], cell: Mapping[str, Any]) -> Row:
+    quality, speedup = artifact["quality"], cell["speedup"]
+    return [
+        short(artifact),
+        _number(artifact["bytes"], 1e-6, "{:.1f}"),
+        _number(quality["perplexity"], 1, "{:.3f}"),
+        _number(quality["kl_mean"], 1, "{:.2g}"),
+        _number(cell["ttft_s"], 1e3, "{:.1f}"),
+        _number(cell["tpot_s"], 1e3, "{:.2f}"),
+        _number(cell["tokens_per_s"], 1, "{:.1f}"),
+        _number(cell["peak_bytes"], 1e-6, "{:.0f}"),
+        _ratio(speedup["ttft_s"]),
+        _ratio(speedup["tpot_s"]),
+        _ratio(speedup["tokens_per_s"]),
+        _verdict(speedup),
+    ]
+
+
+def _verdict(speedup: Mapping[str, Any]) -> str:
+    """Of every metric that has one here: 'TPOT FASTER, memory EQUIVALENT'."""
+    found = (f"{TITLES[k]} {v['verdict']}" for k, v in speedup.items() if v.get("verdict"))
+    return ", ".join(found) or NONE
+
+
+def short(artifact: Mapping[str, Any]) -> str:
+    """A baseline by its name, an artifact by the last of the stages that made it.
+
+    In the report of a sweep it has a label, since several jobs have the same stages.
+    """
+    if "label" in artifact:
+        return str(artifact["label"])
+    return f"+ {artifact['stage']}" if artifact["lineage"] else str(artifact["name"])
+
+
+def _size_rows(report: Mapping[str, Any]) -> list[Row]:
+    return [
+        [
+            short(artifact),
+            _number(artifact["bytes"], 1e-6, "{:.1f}"),
+            _number(artifact["weight_bytes"], 1e-6, "{:.1f}"),
+            _facts({k: v for k, v in artifact["stats"].items() if k != "verified"}),
+            _facts(artifact["stats"].get("verified", {})),
+        ]
+        for artifact in report["artifacts"]
+    ]
+
+
+def _facts(stats: Mapping[str, Any]) -> str:
+    """Stats in one cell of a table; a value for every layer becomes its range."""
+    return ", ".join(f"{key} {_fact(value)}" for key, value in stats.items() if value != {}) or NONE
+
+
+def _fact(value: Any) -> str:
+    if isinstance(value, Mapping):
+        numbers = [v for v in value.values() if isinstance(v, int | float)]
+        if len(set(value)) > 4 and len(numbers) == len(value):
+            return f"{min(numbers):g} to {max(numbers):g} ({len(numbers)} layers)"
+        return "; ".join(f"{key} {_fact(inner)}" for key, inner in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _reasons(report: Mapping[str, Any]) -> Iterator[str]:
+    """Every null of the tables with its reason, each reason once with all that lack a number."""
+    whose: dict[tuple[str, str], dict[str, dict[str, None]]] = {}
+    for artifact in report["artifacts"]:
+        name = short(artifact)
+        for reasons in (artifact["reasons"], artifact["quality"]["reasons"]):
+            for key in _grouped(reasons):
+                whose.setdefault(key, {}).setdefault(name, {})
+        for cell in artifact["cells"]:
+            where = f"{cell['scenario']} {cell['batch']} x {cell['prompt_tokens']}"
+            for key in _grouped(cell["reasons"]):
+                whose.setdefault(key, {}).setdefault(name, {})[where] = None
+    for (fields, why), arms in whose.items():
+        cells = dict.fromkeys(where for of in arms.values() for where in of)
+        of = "all" if len(arms) == len(report["artifacts"]) > 1 else ", ".join(arms)
+        yield f"{fields} of {'; '.join((of, *cells))}: {why}"
+
+
+def _grouped(reasons: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Each reason once, with all the fields it is given for."""
+    for why in dict.fromkeys(reasons.values()):
+        yield ", ".join(field for field, given in reasons.items() if given == why), why
+
+
+def _quality_line(about: Mapping[str, Any]) -> str:
+    if not about["windows"]:
+        return "No arm was left to judge."
+    sampled = "text sampled from the baseline" if "sampled_from" in about else "random token ids"
+    source = f"`{about['text']}`" if about["text"] else sampled
+    return (
+        f"{about['windows']} windows of {about['window']} tokens of {source}, not overlapping; "
+        "perplexity of every token but the first of a window; KL(baseline || artifact) over the "
+        f"whole vocabulary in {about['dtype']}, mean over the same tokens, in nats."
+    )
+
+
+def _markdown_table(header: Sequence[str], rows: Sequence[Row]) -> str:
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
+
+
+def _ratio(speedup: Mapping[str, Any]) -> str:
+    if speedup["ratio"] is None:
+        return NONE
+    ci = speedup["ci"]
+    return f"{speedup['ratio']:.2f}" + (f" [{ci[0]:.2f}, {ci[1]:.2f}]" if ci else "")
+
+
+def _number(value: float | None, scale: float, pattern: str) -> str:
+    return NONE if value is None else pattern.format(value * scale)

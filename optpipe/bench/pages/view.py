@@ -1,0 +1,90 @@
+"""What tables and charts of report.html have in common: names, relations and how numbers look."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from optpipe.bench.pages.tables import short
+
+Entry = Mapping[str, Any]
+DASH = "\u2013"
+"""For what is not there."""
+METRICS = {"ttft_s": "TTFT", "queue_s": "queue", "prefill_s": "prefill", "tpot_s": "TPOT",
+           "e2e_s": "end to end", "tokens_per_s": "tokens/s", "peak_bytes": "memory",
+           "bytes": "size", "goodput_per_s": "goodput"}  # fmt: skip
+
+
+def names(report: Entry) -> list[str]:
+    """What artifacts are called in tables and charts: their number and their last stage."""
+    return [f"{n} {short(artifact)}" for n, artifact in enumerate(report["artifacts"], 1)]
+
+
+def where(cell: Entry) -> str:
+    """A cell in words."""
+    return (
+        f"{cell['scenario']}: {cell['batch']} \u00d7 {cell['prompt_tokens']} tokens in, "
+        f"{cell['new_tokens']} out"
+    )
+
+
+def interval(speedup: Entry, pattern: str = "{:.2f}") -> str:
+    """6.80x [5.12, 8.44], or a dash."""
+    if speedup["ratio"] is None:
+        return DASH
+    text = f"{pattern.format(speedup['ratio'])}\u00d7"
+    ends = [pattern.format(end) for end in speedup["ci"] or ()]
+    return f"{text} [{', '.join(ends)}]" if ends else text
+
+
+def is_reference(report: Entry, artifact: Entry) -> bool:
+    """The baseline in another dtype: nothing was made from it."""
+    first = report["artifacts"][0]
+    return not artifact["lineage"] and artifact is not first and artifact["key"] == first["key"]
+
+
+def parent(report: Entry, artifact: Entry) -> Entry | None:
+    """The artifact this one was made from, of the same job in a sweep; None for a baseline."""
+    if not artifact["lineage"]:
+        return None
+    jobs = {*artifact.get("jobs", ())}
+    made_from = (
+        other
+        for other in report["artifacts"]
+        if other["lineage"] == artifact["lineage"][:-1]
+        and (not jobs or jobs & {*other.get("jobs", ())})
+    )
+    return next(made_from, None)
+
+
+def crossover(artifact: Entry, scenario: str) -> int | None:
+    """The batch size from which on an artifact is slower, if one was found."""
+    given = artifact.get("crossover") or []
+    for found in given if isinstance(given, list) else [given]:
+        if found["scenario"] == scenario:
+            batch: int | None = found["batch"]
+            return batch
+    return None
+
+
+def number(value: float | None, scale: float = 1, pattern: str | None = None) -> str:
+    """A number as people read it, three digits unless there is a pattern, or a dash."""
+    if value is None:
+        return DASH
+    shown = value * scale
+    return three_digits(shown) if pattern is None else pattern.format(shown)
+
+
+def three_digits(value: float) -> str:
+    """12300, 123, 12.3, 1.23, 0.00123; 1.2e-05."""
+    if value == 0:
+        return "0"
+    if abs(value) < 1e-4:
+        return f"{value:.1e}"
+    return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
+
+
+def share(value: float | None) -> str:
+    """A share in per cent, or a dash."""
+    return number(value, 100, "{:.2f} %")

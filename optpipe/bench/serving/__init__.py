@@ -1,0 +1,1 @@
+"""Requests that arrive by themselves: open-loop load, queues, traces."""

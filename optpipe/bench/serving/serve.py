@@ -1,0 +1,270 @@
+"""A server around a backend: a queue, one static batch at a time, requests that come unasked.
+
+The scheduler is the simplest honest one: it takes what waits, at most ``max_batch`` requests in
+order of arrival, runs them to the end of the longest answer, and looks again. Requests of an open
+loop come at absolute deadlines whatever the server does, so that its delays are not left out
+(coordinated omission).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from optpipe.bench.backend import Backend, Ids
+from optpipe.bench.scenario import Objective, hash_ids
+from optpipe.bench.serving import request
+from optpipe.bench.serving.request import Request, Values
+from optpipe.bench.timed.clock import Clock, Trace
+
+LEAD_NS = 5_000_000
+"""From the command to time 0 of the arrivals."""
+PR_SET_TIMERSLACK = 29
+UNANSWERED = "not answered when the time was over"
+
+
+class Ask(NamedTuple):
+    """A request before it is sent: nanoseconds after the begin, prompt, length of the answer."""
+
+    at_ns: int
+    ids_S: Ids
+    new_tokens: int
+
+
+class Arrived(NamedTuple):
+    """A request in the queue."""
+
+    ask: Ask
+    sched_ns: int
+    submit_ns: int
+
+
+class Feed(Protocol):
+    """Where the server finds its requests."""
+
+    def take(self, most: int) -> Sequence[Arrived]:
+        """What waits, oldest first; blocks until there is something, empty: the end."""
+
+    def finished(self, count: int) -> None:
+        """So many requests are answered."""
+
+    def close(self) -> Sequence[Arrived]:
+        """Those that were sent but never taken."""
+
+
+class Open:
+    """Sends each request at its own deadline, from a thread that sleeps in between."""
+
+    def __init__(self, asks: Sequence[Ask], start_ns: int, until_ns: int) -> None:
+        """No request is taken after ``until_ns``."""
+        self._asks, self._start_ns, self._until_ns = asks, start_ns, until_ns
+        self._waiting: deque[Arrived] = deque()
+        self._left = len(asks)
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._submit, daemon=True)
+        self._thread.start()
+
+    def take(self, most: int) -> Sequence[Arrived]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or not self._left)
+            if time.perf_counter_ns() > self._until_ns:
+                return ()
+            return [self._waiting.popleft() for _ in range(min(most, len(self._waiting)))]
+
+    def finished(self, count: int) -> None:
+        pass  # an open loop does not care
+
+    def close(self) -> Sequence[Arrived]:
+        self._thread.join()
+        return [*self._waiting]
+
+    def _submit(self) -> None:
+        if sys.platform == "linux":  # else every sleep ends 50 us late
+            ctypes.CDLL(None).prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0)
+        for ask in self._asks:
+            due_ns = self._start_ns + ask.at_ns
+            while (left_ns := due_ns - time.perf_counter_ns()) > 0:
+                time.sleep(left_ns / 1e9)
+            self._send(ask, due_ns)
+
+    def _send(self, ask: Ask, due_ns: int) -> None:
+        with self._changed:
+            self._waiting.append(Arrived(ask, due_ns, time.perf_counter_ns()))
+            self._left -= 1
+            self._changed.notify()
+
+
+class Closed:
+    """So many clients, each of which sends its next request when it has its answer."""
+
+    def __init__(self, asks: Sequence[Ask], clients: int, until_ns: int, clock: Clock) -> None:
+        self._asks, self._until_ns, self._clock = deque(asks), until_ns, clock
+        self._waiting: deque[Arrived] = deque()
+        self.finished(clients)
+
+    def take(self, most: int) -> Sequence[Arrived]:
+        if self._clock() > self._until_ns:
+            return ()
+        return [self._waiting.popleft() for _ in range(min(most, len(self._waiting)))]
+
+    def finished(self, count: int) -> None:
+        now = self._clock()
+        for _ in range(min(count, len(self._asks))):
+            self._waiting.append(Arrived(self._asks.popleft(), now, now))
+
+    def close(self) -> Sequence[Arrived]:
+        return [*self._waiting]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a server did."""
+
+    requests: list[Request] = field(default_factory=list)
+    events: list[tuple[int, int]] = field(default_factory=list)
+    """(stamp, +1 or -1) as requests came and left; see :func:`request.little`."""
+    tokens: list[int] = field(default_factory=list)
+    """Of all answers, one after the other."""
+
+
+def serve(backend: Backend, feed: Feed, max_batch: int, until_ns: int, clock: Clock) -> Outcome:
+    """Serve until no more comes; the queue is empty then, or the time over."""
+    found = Outcome()
+    while batch := feed.take(max_batch):
+        _batch(backend, batch, until_ns, clock, found)
+        feed.finished(len(batch))
+    left, now = feed.close(), clock()
+    for arrived in left:
+        found.requests.append(_request(arrived, None, (), max(now, arrived.submit_ns)))
+        found.events.extend([(arrived.submit_ns, 1), (max(now, arrived.submit_ns), -1)])
+    return found
+
+
+def _batch(
+    backend: Backend, batch: Sequence[Arrived], until_ns: int, clock: Clock, found: Outcome
+) -> None:
+    """Run one static batch; rows that are done stay in it until the longest is."""
+    found.events.extend((arrived.submit_ns, 1) for arrived in batch)
+    start = clock()
+    lengths_B = np.array([len(arrived.ask.ids_S) for arrived in batch])
+    ids_BS = np.zeros((len(batch), lengths_B.max()), np.int64)
+    for row, arrived in zip(ids_BS, batch, strict=True):
+        row[: len(arrived.ask.ids_S)] = arrived.ask.ids_S
+    steps = max(arrived.ask.new_tokens for arrived in batch)
+    tokens = [backend.prefill(ids_BS, lengths_B).argmax(-1)]
+    stamps = [clock()]
+    while len(stamps) < steps and stamps[-1] <= until_ns:
+        tokens.append(backend.decode(tokens[-1]).argmax(-1))
+        stamps.append(clock())
+    tokens_BN = np.stack(tokens, axis=1)
+    for row, arrived in zip(tokens_BN, batch, strict=True):
+        own = stamps[: arrived.ask.new_tokens]
+        found.requests.append(_request(arrived, start, [(at, 1) for at in own], own[-1]))
+        found.events.append((own[-1], -1))
+        found.tokens.extend(row[: len(own)].tolist())
+
+
+def _request(
+    arrived: Arrived, start_ns: int | None, chunks: Sequence[tuple[int, int]], end_ns: int
+) -> Request:
+    ask = arrived.ask
+    return Request(
+        sched_ns=arrived.sched_ns,
+        submit_ns=arrived.submit_ns,
+        start_ns=start_ns,
+        chunks=tuple(chunks),
+        end_ns=end_ns,
+        prompt_tokens=len(ask.ids_S),
+        new_tokens=ask.new_tokens,
+        error=None if len(chunks) == ask.new_tokens else UNANSWERED,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """The answer to :class:`Serve`; has all that the answer to ``Iterate`` has."""
+
+    requests: tuple[Request, ...]
+    events: tuple[tuple[int, int], ...]
+    """(stamp, +1 or -1) as requests came and left; see :func:`request.little`."""
+    tokens: tuple[int, ...]
+    objective: Objective
+    cpu_s: float
+    """CPU time of all threads of the worker."""
+    peak_bytes: int | None
+    """None where the system does not keep a peak that can be reset."""
+    device_s: float | None = None
+    """What the device worked between events of its own; None on a CPU."""
+
+    @property
+    def trace(self) -> Trace:
+        """The block as one iteration; a row a token, not a step."""
+        return Trace(
+            start_ns=min((r.start_ns for r in self.requests if r.start_ns), default=0),
+            token_ns=tuple(sorted(at for r in self.requests for at, _ in r.chunks)),
+            tokens_NB=np.array(self.tokens, dtype=np.int64)[:, None],
+        )
+
+    @property
+    def metrics(self) -> Values:
+        return request.metrics(self.requests, self.objective)
+
+    @property
+    def invalid(self) -> list[str]:
+        """Why its numbers mean nothing, if so."""
+        return request.invalid(self.requests, self.events)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serve:
+    """A command to a worker: serve one block of requests; the queue is drained when it answers."""
+
+    asks: tuple[Ask, ...]
+    max_batch: int
+    limit_s: float
+    """After the last arrival; what is not answered then has failed."""
+    objective: Objective
+    clients: int | None = None
+    """Of a closed loop; None: an open one."""
+
+    @property
+    def ids_hash(self) -> str:
+        """Of all prompts, in order."""
+        return hash_ids(np.concatenate([ask.ids_S for ask in self.asks]))
+
+    @property
+    def longest_s(self) -> float:
+        """Longest time to the answer, but for a prefill that runs at the limit."""
+        return self.asks[-1].at_ns / 1e9 + self.limit_s
+
+    def __call__(self, backend: Backend) -> Served:
+        clock, has_peak = time.perf_counter_ns, True
+        try:
+            backend.reset_peak()
+        except OSError:
+            has_peak = False
+        cpu_ns, start_ns = time.process_time_ns(), clock() + LEAD_NS
+        until_ns = start_ns + int(self.longest_s * 1e9)
+        feed: Feed = (
+            Open(self.asks, start_ns, until_ns)
+            if self.clients is None
+            else Closed(self.asks, self.clients, until_ns, clock)
+        )
+        found = serve(backend, feed, self.max_batch, until_ns, clock)
+        return Served(
+            requests=tuple(found.requests),
+            events=tuple(found.events),
+            tokens=tuple(found.tokens),
+            objective=self.objective,
+            cpu_s=(time.process_time_ns() - cpu_ns) / 1e9,
+            peak_bytes=backend.peak_bytes() if has_peak else None,
+            device_s=backend.device_s(),
+        )

@@ -1,0 +1,73 @@
+"""Samples grouped by arm and cell, and their medians block by block."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+from optpipe.bench.evidence.statistics import median
+from optpipe.bench.scenario import Cell
+from optpipe.bench.timed.clock import LATENCIES
+from optpipe.bench.timed.samples import Sample
+
+Place = tuple[int, int]
+"""(session, block)."""
+
+
+@dataclass(frozen=True)
+class Turns:
+    """All samples of one arm in one cell that count, in the order they ran."""
+
+    samples: list[Sample]
+
+    @cached_property
+    def metrics(self) -> list[dict[str, float | None]]:
+        """Of every sample; ``peak_bytes`` among them."""
+        return [{**sample.metrics, "peak_bytes": sample.peak_bytes} for sample in self.samples]
+
+    def values(self, metric: str) -> list[float]:
+        """Of every sample that has this metric."""
+        return [value for of in self.metrics if (value := of[metric]) is not None]
+
+    def by_block(self, metric: str, anchored: bool = False) -> dict[Place, float]:
+        """The median over the iterations of each turn.
+
+        ``anchored``: relative to the probe that was timed around it, where there was one.
+        """
+        found: dict[Place, list[float]] = defaultdict(list)
+        for sample, of in zip(self.samples, self.metrics, strict=True):
+            value = of[metric]
+            if value is not None:
+                scale = sample.probe_s if anchored and sample.probe_s else 1.0
+                found[sample.session, sample.block].append(_relative(metric, value, scale))
+        return {place: median(values) for place, values in found.items()}
+
+    @cached_property
+    def blocks(self) -> int:
+        return len({(sample.session, sample.block) for sample in self.samples})
+
+
+def collect(samples: Iterable[Sample]) -> dict[tuple[str, Cell], Turns]:
+    """The samples that are part of a result, by arm and cell."""
+    found: dict[tuple[str, Cell], list[Sample]] = defaultdict(list)
+    for sample in samples:
+        if sample.reason is None:
+            found[sample.arm, sample.cell].append(sample)
+    return {key: Turns(of) for key, of in found.items()}
+
+
+def pairs(
+    base: Turns, own: Turns, metric: str, anchored: bool = False
+) -> tuple[list[float], list[float]]:
+    """What the baseline and another arm took in the blocks that both have."""
+    before, after = base.by_block(metric, anchored), own.by_block(metric, anchored)
+    shared = [place for place in before if place in after]
+    return [before[place] for place in shared], [after[place] for place in shared]
+
+
+def _relative(metric: str, value: float, probe_s: float) -> float:
+    if metric == "peak_bytes":
+        return value
+    return value / probe_s if metric in LATENCIES else value * probe_s
