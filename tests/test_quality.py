@@ -1,5 +1,8 @@
 """What compression costs the bundled trained model, in held-out perplexity: better methods must be
-better, and the product must be good enough. The README's table comes from the same stages."""
+better, the product must be good enough, and bad methods must hurt as they do on real models.
+
+    pytest tests/test_quality.py -s     # prints the README's table
+"""
 
 import math
 from functools import cache
@@ -44,7 +47,13 @@ def perplexity(folder):
 def cost(run):
     """cost(stage) -> perplexity after it, over that of the model as it is."""
     baseline = perplexity(DEMO)
-    return lambda stage: perplexity(run(stage, DEMO).path) / baseline
+
+    def found(stage):
+        ratio = perplexity(run(stage, DEMO).path) / baseline
+        print(f"\n{ratio - 1:+8.2%}  {stage}")
+        return ratio
+
+    return found
 
 
 CALIB = Calib()
@@ -56,6 +65,13 @@ def test_gptq_beats_rounding(cost, bits):
     ours = cost(Gptq(bits=bits, group_size=32, calib=CALIB))
     assert ours < cost(Rtn(bits=bits, group_size=32))
     assert bits == 3 or ours < 1.03
+
+
+@pytest.mark.slow
+def test_bad_methods_hurt(cost):
+    """On a model that was hardly trained every method looks free."""
+    assert cost(Rtn(bits=3, group_size=128)) > 1.08
+    assert cost(Svd(keep=0.9)) > 1.1
 
 
 @pytest.mark.slow
