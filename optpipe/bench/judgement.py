@@ -124,7 +124,9 @@ class Judgement:
                 "mde": verdict.mde,
             }
             nulls = (key for key in ("p_holm", "blocks_needed", "mde") if speedup[key] is None)
-            speedup["reasons"] |= dict.fromkeys(nulls, f"{verdict.verdict}: {verdict.reason}")
+            speedup["reasons"] |= dict.fromkeys(
+                nulls, f"{verdict.verdict or 'no verdict'}: {verdict.reason}"
+            )
             speedup["reasons"] |= {} if verdict.verdict else {"verdict": verdict.reason}
 
     def _evidence(self, name: str, cell: Cell, metric: str) -> Evidence:

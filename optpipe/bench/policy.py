@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from optpipe.bench.evidence.stopping import level, looks
@@ -44,7 +45,7 @@ class BenchConfig:
         least = {"blocks": 1, "max_blocks": self.blocks, "warmup": 2, "warmup_s": 0, "budget_s": 0,
                  "iteration_limit_s": 0, "seed": 0}  # fmt: skip
         for name, low in least.items():
-            if getattr(self, name) < low:
+            if not low <= getattr(self, name) < math.inf:  # NaN is neither
                 raise InputError(f"bench.{name}={getattr(self, name)}: at least {low} is needed")
         for name in ("half_width", "delta"):
             if not 0 < getattr(self, name) < 1:

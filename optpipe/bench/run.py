@@ -211,7 +211,11 @@ def _evaluate(outcome: Outcome, workers: Mapping[str, Worker], progress: Progres
     for index, (name, worker) in enumerate(workers.items()):
         progress(f"evaluating {name}", index, len(workers))
         if outcome.absent(name) is None and name not in outcome.evaluated:
-            outcome.evaluated[name] = worker.ask(command, "evaluation")
+            try:
+                outcome.evaluated[name] = worker.ask(command, "evaluation")
+            except StageError as error:  # it costs this arm its evaluation, and the run its success
+                worker.kill()
+                outcome.broken[name] = str(error)
 
 
 def _whole(outcome: Outcome) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -71,11 +72,11 @@ class Serving:
         if self.arrivals not in ARRIVALS:
             raise InputError(f"arrivals={self.arrivals}: one of {', '.join(ARRIVALS)}")
         for name in ("shape", "clients", "requests"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name}={getattr(self, name)}: above 0 is needed")
-        if self.rate_per_s is not None and not self.rate_per_s > 0:
+        if self.rate_per_s is not None and not 0 < self.rate_per_s < math.inf:
             raise InputError(f"rate_per_s={self.rate_per_s}: above 0, or null to search for it")
-        if self.sigma < 0:
+        if not 0 <= self.sigma < math.inf:
             raise InputError(f"sigma={self.sigma}: at least 0 is needed")
         if not (self.scale.time > 0 and self.scale.length > 0):
             raise InputError(f"scale={self.scale}: both must be above 0")
@@ -105,6 +106,8 @@ class Scenario:
             values = getattr(self, name)
             if not values or min(values) < 1:
                 raise InputError(f"{name}={list(values)}: one or more numbers above 0 are needed")
+            if len(set(values)) < len(values):
+                raise InputError(f"{name}={list(values)}: each value once")
         if self.new_tokens < 1:
             raise InputError(f"new_tokens={self.new_tokens}: at least 1 is needed")
         if self.prompts and self.serving and self.serving.arrivals == "trace":

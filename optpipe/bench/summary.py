@@ -69,4 +69,6 @@ def _best(
     if faster:
         refused = ", ".join(f"'{name}' ({tiers[name] or 'unknown'})" for name in faster)
         return {"artifact": baseline["name"], "why": f"faster but not good enough: {refused}"}
-    return {"artifact": baseline["name"], "why": f"{metric}: no artifact is shown to be faster"}
+    verdicts = {a["cells"][index]["speedup"][metric]["verdict"] or "not measured" for a in others}
+    why = f"{metric}: no artifact is shown to be faster ({', '.join(sorted(verdicts))})"
+    return {"artifact": baseline["name"], "why": why}

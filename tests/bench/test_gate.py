@@ -225,18 +225,21 @@ def tokens(*lengths, steps=32, end=7):
     return made_NP
 
 
+LENGTHS = (20, 20, 24, 24, 20, 22, 24, 22)
+
+
 @pytest.mark.parametrize(
     ("own", "ratio", "fails"),
     [
-        ((20, 20, 32, 32), 1.0, False),
-        ((17, 17, 31, 32), 0.933, False),
-        ((10, 15, 20, 32), 0.740, True),  # truncated
-        ((32, 32, 32, 32), 1.231, True),  # it does not stop
+        (LENGTHS, 1.0, False),
+        ((3, *LENGTHS[1:]), 0.903, False),  # one of eight ends early: no evidence yet
+        (tuple(n // 2 for n in LENGTHS), 0.5, True),  # truncated
+        ((32,) * 8, 1.455, True),  # it does not stop
     ],
 )
 def test_texts_of_another_length_fail(against, own, ratio, fails):
     judged = against()
-    judged.greedy = {"baseline": tokens(20, 20, 32, 32), "a": tokens(*own)}
+    judged.greedy = {"baseline": tokens(*LENGTHS), "a": tokens(*own)}
     judged.stops = dict.fromkeys(judged.greedy, frozenset({7}))
     found = assessed(judged)
     assert found["output_length"]["ratio"] == pytest.approx(ratio, abs=1e-3)

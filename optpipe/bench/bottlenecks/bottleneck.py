@@ -33,6 +33,7 @@ NUMBERS = ("seconds", "floor_s", "host_share", "bytes", "flops", "mbu", "mfu", "
 ITSELF = "the baseline itself, or one that was not counted"
 NO_COST = "the bytes and FLOPs of this cell were not counted"
 NO_HOST = "only the wall time is known: the host's share of it is not"
+SERVED = "requests of a server differ in length and batch, so that no step is like another"
 HEADER = ("artifact", "phase", "bound by", "MBU", "MFU", "of roofline", "FLOP/B", "ridge",
           "best remedy", "predicted x", "came true")  # fmt: skip
 
@@ -167,6 +168,8 @@ class _Book:
     def _step(self, phase: str, artifact: Entry, cell: Entry) -> tuple[Step | None, str]:
         """One step with its use of the machine, or why there is none."""
         wall = cell[TIMES[phase]]
+        if "arrivals" in cell:
+            return None, SERVED
         if wall is None:
             return None, cell["reasons"].get(TIMES[phase], "it was not timed")
         cost = self._cost(phase, artifact, cell)

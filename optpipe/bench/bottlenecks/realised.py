@@ -71,13 +71,9 @@ def advice(remedy: Remedy) -> Entry:
 
 
 def outcome(remedy: Remedy, where: Place) -> Entry:
-    """A remedy, and the last artifact of the run that is this one with it, if there is one.
-
-    An engine around it is no other remedy: codes gain nothing without the kernels that read them.
-    """
+    """A remedy, and the last artifact of the run that is this one with it alone, if any is."""
     found = advice(remedy)
-    alone = ({remedy.does}, {remedy.does, "engine"})
-    later = [a for a in _after(where, where.artifact) if _done(where, a) in alone]
+    later = [a for a in _after(where, where.artifact) if _done(where, a) == {remedy.does}]
     if later:
         twin = next(c for c in later[-1]["cells"] if cell_of(c) == cell_of(where.cell))
         after, before = (c["speedup"][TIMES[where.phase]]["ratio"] for c in (twin, where.cell))

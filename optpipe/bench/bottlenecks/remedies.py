@@ -203,8 +203,7 @@ def _kernel(bound: Bound) -> Iterator[Remedy]:
             name="a fused dequantization kernel",
             why="codes become floats in memory at every call",
             predicted=bound.faster(scaled(bound.cost, scratch=0)),
-            does="engine",
-        )
+        )  # an engine has it, and much else: what comes true there is not this alone
 
 
 def _distribution(bound: Bound) -> Iterator[Remedy]:

@@ -17,6 +17,7 @@ import numpy as np
 
 from optpipe.bench.backend import Ids
 from optpipe.bench.fidelity.divergence import (
+    Floats,
     Mean,
     Positions,
     clustered,
@@ -189,22 +190,27 @@ def _common(own_NP: Ids, base_NP: Ids) -> tuple[Ids, Ids]:
 def _lengths(name: str, base: str, judged: Judged) -> Entry:
     """Mean tokens up to the end-of-text token, those without one cut off at as many as all have."""
     own_NP, base_NP = _common(judged.greedy[name], judged.greedy[base])
-    own, own_ends = _natural(own_NP, judged.stops.get(name, frozenset()))
-    reference, base_ends = _natural(base_NP, judged.stops.get(base, frozenset()))
+    own_P, own_ends = _natural(own_NP, judged.stops.get(name, frozenset()))
+    base_P, base_ends = _natural(base_NP, judged.stops.get(base, frozenset()))
     ended = own_ends or base_ends
     why = f"no output ended within {len(own_NP)} tokens"
+    change = clustered([*((own_P - base_P) / base_P.mean())[:, None]])
+    ci = [1 + bound for bound in change.ci] if ended and change.ci else None
+    reasons = {} if ended else dict.fromkeys(("ratio", "ci"), why)
     return {
-        "mean": own,
-        "baseline_mean": reference,
-        "ratio": own / reference if ended else None,
-        "reasons": {} if ended else {"ratio": why},
+        "mean": float(own_P.mean()),
+        "baseline_mean": float(base_P.mean()),
+        "ratio": float(own_P.mean() / base_P.mean()) if ended else None,
+        "ci": ci,
+        "reasons": reasons if ci or reasons else {"ci": "one prompt"},
     }
 
 
-def _natural(tokens_NP: Ids, stops: frozenset[int]) -> tuple[float, bool]:
+def _natural(tokens_NP: Ids, stops: frozenset[int]) -> tuple[Floats, bool]:
+    """Length of each output, (P), and whether any ended by itself."""
     ends_NP = np.isin(tokens_NP, list(stops))
     length_P = np.where(ends_NP.any(0), ends_NP.argmax(0) + 1, len(tokens_NP))
-    return float(length_P.mean()), bool(ends_NP.any())
+    return length_P.astype(np.float64), bool(ends_NP.any())
 
 
 def _failures(name: str, judged: Judged, context: Context) -> Iterator[str]:
@@ -218,8 +224,10 @@ def _failures(name: str, judged: Judged, context: Context) -> Iterator[str]:
     yield from judged.faults.get(name, [])
     if context.unpaired or not {name, base} <= judged.greedy.keys():
         return
-    ratio = _lengths(name, base, judged)["ratio"]
-    if ratio is not None and abs(ratio - 1) > LENGTH:
+    lengths = _lengths(name, base, judged)
+    ratio, ci = lengths["ratio"], lengths["ci"]
+    # a few prompts: one that ends early is no evidence yet
+    if ratio is not None and ci is not None and not (ci[0] <= 1 + LENGTH and ci[1] >= 1 - LENGTH):
         yield f"its outputs are {ratio:.2f} times as long as the baseline's, {LENGTH:.0%} allowed"
 
 

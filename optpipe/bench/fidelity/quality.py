@@ -10,6 +10,7 @@ Shapes: W windows of S tokens, N = S - 1 predicted positions of a window, V voca
 from __future__ import annotations
 
 import hashlib
+import math
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -66,8 +67,10 @@ class QualityConfig:
             raise InputError(
                 f"bench.quality.required='{self.required}': allowed are null, {', '.join(TIERS)}"
             )
+        if not 0 <= self.budget_s < math.inf:
+            raise InputError(f"bench.quality.budget_s={self.budget_s}: at least 0 is needed")
         limit = self.max_perplexity_increase
-        if limit is not None and limit < 0:
+        if limit is not None and not 0 <= limit < math.inf:
             raise InputError(f"bench.quality.max_perplexity_increase={limit}: at least 0 is needed")
 
 

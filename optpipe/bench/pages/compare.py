@@ -51,12 +51,22 @@ def differences(before: Report, after: Report) -> list[str]:
     left, right = before["run"], after["run"]
     found = [
         f"machine.{key}"
-        for key in ("cpu", "cores_usable", "isa", "memory_bytes", "os", "gpu")
+        for key in ("cpu", "cores_usable", "isa", "memory_bytes", "os")
         if left["machine"].get(key) != right["machine"].get(key)
     ]
     names = sorted({*left["versions"], *right["versions"]})
     found += [n for n in names if left["versions"].get(n) != right["versions"].get(n)]
-    return found + [key for key in ("threads",) if left[key] != right[key]]
+    found += [key for key in ("threads",) if left[key] != right[key]]
+    shared = sorted(left["scenarios"].keys() & right["scenarios"].keys())
+    found += [f"scenario.{n}" for n in shared if left["scenarios"][n] != right["scenarios"][n]]
+    old = {artifact["name"]: artifact for artifact in before["artifacts"]}
+    twins = [(old[new["name"]], new) for new in after["artifacts"] if new["name"] in old]
+    return found + [
+        f"{key} of {new['name']}"
+        for a, new in twins
+        for key in ("device", "dtype")
+        if a[key] != new[key]
+    ]
 
 
 def _text(report: Report) -> object:

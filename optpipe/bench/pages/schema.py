@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 FILE = Path(__file__).with_name("schema.json")
-GIVEN = ("bench", "scenarios", "stats")
+GIVEN = ("bench", "scenarios", "stats", "slo")
 """What the user set and what a stage told: a null there is a value, not a missing number."""
 ESTIMATED = ("ratio", "ci")
 """Keys that the ``reason`` of a verdict does not explain."""

@@ -24,8 +24,9 @@ SIZES = ("artifact", "MB on disk", "MB in memory", "claimed", "found in the file
 NOT_INCLUDED = (
     "Time: tokenizing, detokenizing, sampling other than arg-max, loading and the network. "
     "Loading is timed on its own, once, with files that may already be in the page cache.",
-    "Prompts of timed runs are random token ids, the same for all arms; end-of-text does not stop "
-    "them. Speed here does not depend on what the text says; speculative decoding would.",
+    "Prompts of timed runs are random token ids unless a scenario names a file of them, the same "
+    "for all arms; end-of-text does not stop an answer. Speed here does not depend on what the "
+    "text says; speculative decoding would.",
     "TTFT is from the request to the first token on the host, TPOT the mean gap between the tokens "
     "after it, tok/s counts output tokens of all rows over the whole iteration.",
     "Peak memory is that of the worker's whole process, runtime libraries included, on a CPU; what "
