@@ -1,6 +1,6 @@
 """Our int4 engine, transformers and onnxruntime-genai on the same weights, interleaved in one run.
 
-    pip install onnxruntime-genai --no-deps
+    pip install onnxruntime-genai onnx-ir --no-deps
     python tests/bench/peers.py --shape llama_160m --threads 2
 
 Prints how many times faster our engine is than each of them, with its 95 % interval.

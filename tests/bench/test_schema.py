@@ -109,3 +109,12 @@ def test_whatever_number_is_lost_is_noticed():
         broken = copy.deepcopy(artifact)
         put(path, None)(broken)
         assert [*schema.unexplained(broken)], path
+
+
+def test_a_server_may_have_no_limit_on_the_whole_of_a_request():
+    """The objective is what the user set: a null there needs no reason."""
+    built = reports.report()
+    limits = {"ttft_s": 0.5, "tpot_s": 0.05, "e2e_s": None, "share": 0.9}
+    served = {"arrivals": "poisson", "rate_per_s": 40.0, "goodput_per_s": 38.0, "slo": limits}
+    built["artifacts"][0]["cells"][0] |= served
+    schema.check(built)
