@@ -33,8 +33,9 @@ NOT_INCLUDED = (
     "torch allocated on a GPU.",
     "x: how many times better than the baseline in the same block, above 1 is better; in brackets "
     "the 95 % interval. Many ratios are shown: one in twenty intervals misses by chance.",
-    "Verdicts are on metrics chosen beforehand, with an error of at most 5 % for all of a report "
-    "together (Holm): EQUIVALENT if the whole interval lies within a negligible difference, "
+    "Verdicts are on metrics chosen beforehand, FASTER and SLOWER with an error of at most 5 % for "
+    "all of a report together (Holm) where blocks do not depend on each other: EQUIVALENT if the "
+    "whole interval lies within a negligible difference, "
     "INCONCLUSIVE if the blocks do not decide, INVALID if a check failed that any honest "
     "measurement passes.",
 )
