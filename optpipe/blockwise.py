@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from optpipe import model
 from optpipe.artifact import Artifact
 from optpipe.calibrate import Observation, Statistic
 from optpipe.checkpoint import Checkpoint, Writer
+from optpipe.device import fastest
 from optpipe.family import HEAD, Block
 from optpipe.linear import Form, Layers, LowRank, Quantized, encode, mask_of
 from optpipe.stage import Progress
@@ -36,6 +38,12 @@ class _Flow:
     hidden: list[Tensor]
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
     """What the model hands each block besides the hidden state: masks and rotations."""
+
+    def to(self, device: torch.device) -> _Flow:
+        def moved(value: Any) -> Any:
+            return value.to(device) if isinstance(value, Tensor) else value
+
+        return _Flow(tree_map(moved, self.hidden), tree_map(moved, self.calls))
 
 
 def select(layers: Layers, targets: Iterable[str], head: bool = False) -> frozenset[str]:
@@ -66,27 +74,49 @@ def rewrite(
     progress: Progress,
     observation: Observation | None = None,
 ) -> None:
-    """Pass every layer through ``change`` and write the model in its ``planned`` forms."""
-    checkpoint = Checkpoint(source.path)
+    """Pass every layer through ``change`` and write the model in its ``planned`` forms.
+
+    The block at work and the hidden states live on the fastest device, all else on the CPU.
+    """
+    checkpoint, device = Checkpoint(source.path), fastest()
     writer, lm = Writer(out, checkpoint), model.skeleton(checkpoint)
     blocks = checkpoint.decoder.blocks
-    flow = _start(lm, blocks, observation.ids_ST) if observation else None
+    flow = _start(lm, blocks, observation.ids_ST).to(device) if observation else None
     total = len(model.layers(checkpoint))
     done = 0
     for index, block in enumerate(blocks):
         progress(block.name, done, total)
-        module = model.fill(lm, block.name, checkpoint, torch.float32)
+        module = model.fill(lm, block.name, checkpoint, torch.float32).to(device)
         seen = _observe(lm, block, index, flow, observation) if flow and observation else {}
         for name, layer in list(model.block_linears(lm, block)):
             progress(name, done, total)
             lm.set_submodule(name, change(name, layer, seen.pop(name, None)))
             done += 1
         if flow:
-            flow.hidden = [_call(module, flow, index, h) for h in flow.hidden]
+            _advance(module, flow, index)
+        module.to("cpu")
         writer.add(block.name, _block_tensors(lm, block, checkpoint, planned))
         model.drop(lm, block.name)
     _write_head(lm, checkpoint, writer, planned, _head_change(lm, change, flow, observation))
     writer.close(planned)
+
+
+@torch.no_grad()
+def final_logits(checkpoint: Checkpoint, ids_T: Tensor) -> Tensor:
+    """Logits after the last of these tokens, (V), with one block of the model in memory.
+
+    A soft cap on them is left out.
+    """
+    device, decoder = fastest(), checkpoint.decoder
+    lm = model.skeleton(checkpoint)
+    flow = _start(lm, decoder.blocks, ids_T[None]).to(device)
+    for index, block in enumerate(decoder.blocks):
+        module = model.fill(lm, block.name, checkpoint, torch.float32).to(device)
+        _advance(module, flow, index)
+        model.drop(lm, block.name)
+    last = flow.hidden[0][:, -1].cpu()
+    logits: Tensor = lm.get_submodule(decoder.head)(lm.get_submodule(decoder.final_norm)(last))
+    return logits[0]
 
 
 def _start(lm: PreTrainedModel, blocks: tuple[Block, ...], ids_ST: Tensor) -> _Flow:
@@ -121,6 +151,12 @@ def _call(module: nn.Module, flow: _Flow, index: int, hidden: Tensor) -> Tensor:
     result = module(hidden, *args, **kwargs)
     assert isinstance(result, Tensor), type(result)
     return result
+
+
+def _advance(module: nn.Module, flow: _Flow, index: int) -> None:
+    """Send all samples through a block, in place: two sets of hidden states never coexist."""
+    for sample, hidden in enumerate(flow.hidden):
+        flow.hidden[sample] = _call(module, flow, index, hidden)
 
 
 def _observe(
@@ -160,14 +196,16 @@ def _head_change(
 ) -> Callable[[str, str], nn.Module]:
     """Changes the head, whose inputs are the final hidden states after their norm."""
 
+    device = fastest()
+
     def changed(head: str, norm: str) -> nn.Module:
-        layer, statistic = lm.get_submodule(head), None
+        layer, statistic = lm.get_submodule(head).to(device), None
         if flow and observation and head in observation.wanted:
             statistic = observation.statistic(_inputs(layer))
             for hidden in flow.hidden:
-                normed = lm.get_submodule(norm)(hidden)
+                normed = lm.get_submodule(norm).to(device)(hidden)
                 statistic.add(normed.reshape(-1, normed.shape[-1]))
-        return change(head, layer, statistic)
+        return change(head, layer, statistic).to("cpu")
 
     return changed
 

@@ -126,7 +126,7 @@ class Squares:
         self.sum_C = torch.zeros(inputs, dtype=torch.float64)
 
     def add(self, x_NC: Tensor) -> None:
-        self.sum_C += x_NC.double().square().sum(0)
+        self.sum_C = self.sum_C.to(x_NC.device) + x_NC.double().square().sum(0)
 
     @property
     def norm_C(self) -> Tensor:
@@ -142,6 +142,7 @@ class Gram:
 
     def add(self, x_NC: Tensor) -> None:
         # products in float32 are exact enough within one sample; adding them up is not
+        self._sum_CC = self._sum_CC.to(x_NC.device)  # where the model computes
         self._sum_CC += (x_NC.T @ x_NC).double()
         self.count += len(x_NC)
 

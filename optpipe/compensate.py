@@ -52,7 +52,7 @@ def compensate(weight_RC: Tensor, factor_CC: Tensor, projection: Projection) -> 
     block = max(BLOCK - BLOCK % width, width)  # what is decided together lies in one block
     for start in range(0, cols, block):
         stop = min(start + block, cols)
-        errors = torch.zeros(work.shape[0], stop - start, dtype=work.dtype)
+        errors = torch.zeros_like(work[:, start:stop])
         for j in range(start, stop):
             if j % width == 0:
                 ahead = slice(j, min(j + width, cols))

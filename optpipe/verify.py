@@ -22,6 +22,7 @@ from optpipe import model
 from optpipe.artifact import Artifact, Stats, owner
 from optpipe.bench.backend import Backend, open_backend
 from optpipe.bench.machine import usable_cores
+from optpipe.blockwise import final_logits
 from optpipe.build.ort import exact_twin
 from optpipe.checkpoint import Checkpoint
 from optpipe.errors import GateError
@@ -91,10 +92,8 @@ def verify_checkpoint(artifact: Artifact, parent: Artifact, planned: Layers | No
         name = next(n for n in {**forms, **planned} if forms.get(n) != planned.get(n))
         raise GateError(f"layer '{name}' became {forms.get(name)}, planned {planned.get(name)}")
     facts = _layer_facts(checkpoint, forms, Checkpoint(parent.path))
-    lm = model.load(checkpoint)
-    with torch.inference_mode():
-        logits = lm(torch.from_numpy(_ids(checkpoint.decoder.vocab, 1, PROMPTS[0]))).logits
-    if not bool(torch.isfinite(logits).all()):
+    ids_T = torch.from_numpy(_ids(checkpoint.decoder.vocab, 1, PROMPTS[0])[0])
+    if not bool(torch.isfinite(final_logits(checkpoint, ids_T)).all()):
         raise GateError(f"the model after '{artifact.name}' gives logits that are not finite")
     return facts
 

@@ -22,10 +22,10 @@ from optpipe.prune.mask import LAYER, Prune, all_but_lowest, parse_pattern
 class Dropping:
     """Keeps the dearest weights, the others become zero."""
 
-    def __init__(self, shape: torch.Size, sparsity: float, pattern: str) -> None:
+    def __init__(self, weight_RC: Tensor, sparsity: float, pattern: str) -> None:
         self.sparsity, self.pattern = sparsity, pattern
         self.n_m = parse_pattern(pattern)
-        self.keep_RC = torch.ones(shape, dtype=torch.bool)
+        self.keep_RC = torch.ones_like(weight_RC, dtype=torch.bool)
 
     @property
     def width(self) -> int:
@@ -66,7 +66,7 @@ class SparseGpt(Prune):
             raise ValueError(f"damp must be above 0 and finite, got {self.damp}")
 
     def pruned(self, weight_RC: Tensor, statistic: Gram) -> tuple[Tensor, Tensor]:
-        dropping = Dropping(weight_RC.shape, self.sparsity, self.pattern)
+        dropping = Dropping(weight_RC, self.sparsity, self.pattern)
         factor_CC = inverse_factor(statistic.mean_CC, self.damp)
         moved = compensate(weight_RC, factor_CC, dropping)
         return moved.to(weight_RC.dtype), dropping.keep_RC

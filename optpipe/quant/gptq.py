@@ -27,14 +27,15 @@ class Rounding:
     width = 1
 
     def __init__(self, grid: Grid, order_C: Tensor, keep_RC: Tensor | None) -> None:
-        self.grid, self.order_C, self.keep_RC = grid, order_C, keep_RC
-        self.codes_RC = torch.empty(grid.form.rows, grid.form.cols, dtype=torch.uint8)
+        self.grid, self.order, self.keep_RC = grid, order_C.tolist(), keep_RC
+        shape, device = (grid.form.rows, grid.form.cols), grid.scales_RG.device
+        self.codes_RC = torch.empty(shape, dtype=torch.uint8, device=device)
 
     def decide(self, weight_RW: Tensor, factor_W: Tensor, start: int) -> None:
         """Nothing: the grid is static."""
 
     def column(self, weight_R: Tensor, j: int) -> Tensor:
-        column = int(self.order_C[j])
+        column = self.order[j]
         codes, fixed = self.grid.column(weight_R, column)
         if self.keep_RC is not None:
             keep = self.keep_RC[:, column]
@@ -62,7 +63,7 @@ class Gptq(Quantize):
         self, layer: nn.Module, weight_RC: Tensor, form: Form, statistic: Gram
     ) -> Quantized:
         gram_CC, grid = statistic.mean_CC, fit(weight_RC, form)
-        order_C = torch.arange(form.cols)
+        order_C = torch.arange(form.cols, device=gram_CC.device)
         if self.act_order:
             order_C = gram_CC.diagonal().argsort(descending=True, stable=True)
         factor_CC = inverse_factor(gram_CC[order_C][:, order_C], self.damp)

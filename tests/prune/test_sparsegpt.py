@@ -102,7 +102,7 @@ def test_an_input_that_never_comes_loses_its_weights_first():
 
 
 def test_blocks_of_a_layer_add_up():
-    dropping = Dropping(torch.Size([3, 300]), 0.5, "layer")
+    dropping = Dropping(torch.zeros(3, 300), 0.5, "layer")
     for start in range(0, 300, 128):
         dropping.decide(torch.rand(3, min(128, 300 - start)), torch.ones(1), start)
     assert int((~dropping.keep_RC).sum()) == 450

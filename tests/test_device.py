@@ -1,0 +1,41 @@
+"""Every method on a GPU makes what it makes on the CPU."""
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from optpipe import device, model
+from optpipe.artifact import Artifact
+from optpipe.checkpoint import Checkpoint
+from optpipe.config import build, data_dir
+from optpipe.linear import weight_of
+
+METHODS = [
+    p for g in ("prune", "lowrank", "quant") for p in sorted(data_dir("conf").glob(f"{g}/*"))
+]
+CALIB = {"source": "random", "samples": 4, "tokens": 48}
+
+
+def made(method, folder, out):
+    whole = OmegaConf.create({"calib": CALIB, "stage": OmegaConf.load(method)})
+    for key, value in {"group_size": 32, "rank_multiple": 4}.items():
+        if key in whole.stage:
+            whole.stage[key] = value
+    out.mkdir()
+    build(whole.stage).run(Artifact(path=folder, format="hf", key="k"), out, lambda *_: None)
+    checkpoint = Checkpoint(out)
+    forms = model.layers(checkpoint)
+    return {name: weight_of(model.layer(name, forms, checkpoint)) for name in forms}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("method", METHODS, ids=lambda p: f"{p.parent.name}={p.stem}")
+def test_a_gpu_and_the_cpu_agree(method, tiny, tmp_path, monkeypatch):
+    """Sums in another order may move a weight to the next code or tip a mask, here and there."""
+    ours = made(method, tiny("llama"), tmp_path / "gpu")
+    monkeypatch.setattr(device.torch.cuda, "is_available", lambda: False)
+    theirs = made(method, tiny("llama"), tmp_path / "cpu")
+    for name, weight in theirs.items():
+        error = (ours[name] - weight).norm() / weight.norm()
+        assert error < 0.02, (name, float(error))
