@@ -15,7 +15,7 @@ zero of a symmetric layer is 2 ** (bits - 1).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,9 @@ class Form:
     symmetric: bool = True
     pattern: str | None = None
     """'row' or 'N:M' if a mask says which weights are kept; None: all are."""
+    bound: int | None = None
+    """Only in a plan: the stage settles bits or rank as it runs. They are at most what is planned,
+    and the rank is a multiple of this; a layer planned as two factors may stay one."""
 
     @property
     def groups(self) -> int:
@@ -53,6 +56,41 @@ class Form:
 
 Layers = dict[str, Form]
 """Every linear layer of a model by its name, in the order of the model."""
+
+
+def divisor(name: str, form: Form) -> int:
+    """What surely divides the inputs of a planned layer, whatever its rank turns out to be."""
+    return form.bound if form.bound and name.endswith(".left") else form.cols
+
+
+def departure(made: Layers, planned: Layers) -> str | None:
+    """The first layer that is not as planned; None if all are, within the bounds of the plan."""
+    left = dict(planned)
+    for name, form in made.items():
+        if name in left and _within(name, form, left.pop(name)):
+            continue
+        right, other = left.pop(f"{name}.right", None), left.pop(f"{name}.left", None)
+        if not (right and other and right.bound and other.bound):
+            return name
+        if not _within(name, form, replace(right, rows=other.rows)):
+            return name
+    return next(iter(left), None)
+
+
+def _within(name: str, form: Form, plan: Form) -> bool:
+    if plan.bound is None:
+        return form == plan
+    rows, cols = plan.rows, plan.cols
+    if name.endswith(".right"):
+        rows = _settled(form.rows, plan.rows, plan.bound)
+    elif name.endswith(".left"):
+        cols = _settled(form.cols, plan.cols, plan.bound)
+    bits = form.bits if form.bits and plan.bits and form.bits < plan.bits else plan.bits
+    return form == replace(plan, rows=rows, cols=cols, bits=bits, bound=None)
+
+
+def _settled(rank: int, most: int, multiple: int) -> int:
+    return rank if 0 < rank <= most and rank % multiple == 0 else most
 
 
 def pack(codes_RC: Tensor, bits: int) -> Tensor:

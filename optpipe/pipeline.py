@@ -46,6 +46,16 @@ class Step:
         return Artifact.find(self.path) is not None
 
 
+@dataclass(frozen=True)
+class Parents:
+    """What a step looks at."""
+
+    source: Artifact
+    reference: Artifact
+    """The newest torch artifact: the source itself, or what a graph was made from."""
+    baseline: Artifact
+
+
 def check(stages: Mapping[str, Stage], source: Source, store: Path) -> list[Step]:
     """The steps of a run. Raises InputError if some stage cannot follow the one before it."""
     from optpipe import model  # imports torch and transformers
@@ -110,7 +120,7 @@ def run(steps: list[Step], baseline: Artifact) -> Iterator[Artifact]:
     yield baseline
     artifact = torch_side = baseline
     for step in steps:
-        artifact = _take(step, artifact, torch_side)
+        artifact = _take(step, Parents(artifact, torch_side, baseline))
         if artifact.format == "hf":
             torch_side = artifact
         yield artifact
@@ -128,36 +138,34 @@ def failing_as(name: str) -> Iterator[None]:
         raise StageError(f"stage '{name}' failed: {kind}{one_line(error)}") from error
 
 
-def _take(step: Step, parent: Artifact, reference: Artifact) -> Artifact:
-    """The artifact of one step, made or found; ``reference`` is the newest torch artifact."""
-    lineage = (*parent.lineage, step.name)
+def _take(step: Step, parents: Parents) -> Artifact:
+    """The artifact of one step, made or found."""
+    lineage = (*parents.source.lineage, step.name)
     if (found := Artifact.find(step.path)) is not None:
         log.info("%s: reusing %s", step.name, step.path)
         return replace(found, lineage=lineage)
     log.info("%s: %s", step.name, step.stage)
     started_s = time.monotonic()
     with failing_as(step.name), shown(step.name) as progress:
-        artifact = publish(step.path, lambda out: _make(step, out, parent, reference, progress))
+        artifact = publish(step.path, lambda out: _make(step, out, parents, progress))
     log.info("%s: %s -> %s", step.name, clock(time.monotonic() - started_s), step.path)
     return replace(artifact, lineage=lineage)
 
 
-def _make(
-    step: Step, out: Path, parent: Artifact, reference: Artifact, progress: Progress
-) -> Artifact:
+def _make(step: Step, out: Path, parents: Parents, progress: Progress) -> Artifact:
     """Run the stage, and look at what it made before anyone else can see it."""
     from optpipe.verify import verify  # imports torch
 
-    stats = step.stage.run(parent, out, progress)
+    stats = step.stage.run_with(parents.source, parents.baseline, out, progress)
     artifact = Artifact(
         path=out,
         format=step.stage.produces,
         key=step.key,
-        lineage=(*parent.lineage, step.name),
+        lineage=(*parents.source.lineage, step.name),
         stats=stats,
     )
     progress("verifying", 1, 1)
-    verified = verify(artifact, reference, step.layers)
+    verified = verify(artifact, parents.reference, step.layers)
     return replace(artifact, stats={**stats, "verified": verified})
 
 

@@ -56,3 +56,13 @@ class Stage(ABC):
     @abstractmethod
     def run(self, source: Artifact, out: Path, progress: Progress) -> Stats:
         """Write the new artifact into the empty folder ``out``; return what was claimed."""
+
+    def run_with(
+        self, source: Artifact, baseline: Artifact, out: Path, progress: Progress
+    ) -> Stats:
+        """What the pipeline calls: ``run`` with the model that the run started from at hand.
+
+        A stage that compares with the untouched model overrides this one, and its ``run`` compares
+        with ``source``.
+        """
+        return self.run(source, out, progress)

@@ -26,7 +26,7 @@ from optpipe.blockwise import final_logits
 from optpipe.build.ort import exact_twin
 from optpipe.checkpoint import Checkpoint
 from optpipe.errors import GateError
-from optpipe.linear import Layers, mask_of, weight_of
+from optpipe.linear import Layers, departure, mask_of, weight_of
 from optpipe.prune.mask import ROW, follows
 
 TOLERANCES = {"float32": 2e-4, "float16": 5e-3, "int8": 5e-2}
@@ -88,8 +88,7 @@ def verify(artifact: Artifact, reference: Artifact, planned: Layers | None) -> S
 def verify_checkpoint(artifact: Artifact, parent: Artifact, planned: Layers | None) -> Stats:
     checkpoint = Checkpoint(artifact.path)
     forms = model.layers(checkpoint)
-    if planned is not None and forms != planned:
-        name = next(n for n in {**forms, **planned} if forms.get(n) != planned.get(n))
+    if planned is not None and (name := departure(forms, planned)) is not None:
         raise GateError(f"layer '{name}' became {forms.get(name)}, planned {planned.get(name)}")
     facts = _layer_facts(checkpoint, forms, Checkpoint(parent.path))
     ids_T = torch.from_numpy(_ids(checkpoint.decoder.vocab, 1, PROMPTS[0])[0])

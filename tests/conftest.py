@@ -97,16 +97,20 @@ def family(request):
 
 @pytest.fixture
 def run(tmp_path):
-    """run(stage, folder or artifact) -> artifact of that stage; run.calib is a small one."""
+    """run(stage, folder or artifact) -> artifact of that stage; run.calib is a small one.
+
+    A stage that compares with the untouched model gets its folder as ``baseline``.
+    """
     from optpipe.artifact import Artifact
     from optpipe.calibrate import Calib
 
-    def call(stage, source):
+    def call(stage, source, baseline=None):
         if not isinstance(source, Artifact):
             source = Artifact(path=source, format="hf", key="k")
         out = tmp_path / f"{len([*tmp_path.iterdir()])}"
         out.mkdir()
-        stats = stage.run(source, out, lambda *_: None)
+        untouched = source if baseline is None else Artifact(path=baseline, format="hf", key="b")
+        stats = stage.run_with(source, untouched, out, lambda *_: None)
         lineage = (*source.lineage, type(stage).__name__.lower())
         return Artifact(path=out, format=stage.produces, key="k", lineage=lineage, stats=stats)
 

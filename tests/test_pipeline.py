@@ -113,6 +113,19 @@ def test_each_stage_reads_what_the_one_before_wrote(source, tmp_path, verified):
     ]
 
 
+def test_a_stage_that_compares_gets_the_model_of_the_start(source, tmp_path):
+    seen = []
+
+    class Comparing(Add):
+        def run_with(self, source, baseline, out, progress):
+            seen.append((source.name, baseline.name, baseline.path))
+            return self.run(source, out, progress)
+
+    made({"x": Add(word="x"), "y": Comparing(word="y"), "z": Comparing(word="z")}, source, tmp_path)
+    start = source.folder(tmp_path)
+    assert seen == [("x", "baseline", start), ("x+y", "baseline", start)]
+
+
 def test_equal_keys_are_reused_and_unequal_ones_are_not(source, tmp_path, verified):
     first = made({"x": Add(word="x"), "y": Add(word="y")}, source, tmp_path)
     again = made({"x": Add(word="x"), "y": Add(word="y")}, source, tmp_path)

@@ -16,7 +16,7 @@ from optpipe.blockwise import rewrite, select
 from optpipe.calibrate import Observation
 from optpipe.checkpoint import Checkpoint
 from optpipe.family import HEAD
-from optpipe.linear import Form, Layers, dense, mask_of
+from optpipe.linear import Form, Layers, dense, divisor, mask_of
 from optpipe.stage import Progress, Stage
 
 ROW, LAYER = "row", "layer"
@@ -104,10 +104,10 @@ class Prune(Stage):
                 raise ValueError(f"layer '{name}' is quantized already; prune before that")
             if form.pattern is not None:
                 raise ValueError(f"layer '{name}' is pruned already ({form.pattern})")
-            if form.cols % of:
+            if divisor(name, form) % of:
                 raise ValueError(
                     f"pattern {self.pattern} does not fit layer '{name}': {of} does not divide "
-                    f"its {form.cols} inputs"
+                    f"its {divisor(name, form)} inputs"
                 )
             planned[name] = replace(form, pattern=self.pattern)
         return planned

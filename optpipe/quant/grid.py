@@ -18,7 +18,7 @@ from optpipe.artifact import Artifact, Stats
 from optpipe.blockwise import rewrite, select
 from optpipe.calibrate import Observation
 from optpipe.checkpoint import Checkpoint
-from optpipe.linear import PER_CHANNEL, Form, Layers, Quantized, mask_of
+from optpipe.linear import PER_CHANNEL, Form, Layers, Quantized, divisor, mask_of
 from optpipe.stage import Progress, Stage
 
 BITS = (2, 3, 4, 8)
@@ -135,10 +135,11 @@ class Quantize(Stage):
                 continue
             if form.bits is not None:
                 raise ValueError(f"layer '{name}' is quantized already, to {form.bits} bits")
-            if self.group_size != PER_CHANNEL and form.cols % self.group_size:
+            inputs = divisor(name, form)
+            if self.group_size != PER_CHANNEL and inputs % self.group_size:
                 raise ValueError(
-                    f"group_size={self.group_size} does not divide the {form.cols} inputs of layer "
-                    f"'{name}'; allowed are {[g for g in GROUP_SIZES if form.cols % g == 0]}"
+                    f"group_size={self.group_size} does not divide the {inputs} inputs of layer "
+                    f"'{name}'; allowed are {[g for g in GROUP_SIZES if inputs % g == 0]}"
                 )
             planned[name] = replace(
                 form, bits=self.bits, group_size=self.group_size, symmetric=self.symmetric
