@@ -34,6 +34,12 @@ class Projection(Protocol):
         """What column j becomes, (R)."""
 
 
+def check_damp(damp: float) -> None:
+    """Raises ValueError for a damping that ``inverse_factor`` cannot take."""
+    if not 0 < damp < float("inf"):
+        raise ValueError(f"damp must be above 0 and finite, got {damp}")
+
+
 def inverse_factor(gram_CC: Tensor, damp: float) -> Tensor:
     """Upper Cholesky factor U of (H + damp * mean(diag H))^-1, U^T U, float64 (C, C)."""
     damped = gram_CC.clone()

@@ -88,8 +88,9 @@ def test_it_does_what_it_planned_twice_alike_and_leaves_its_source_alone(node, n
 
 
 def test_a_calibrated_method_says_on_what(node, run, tiny):
-    stats = run(build(node), tiny()).stats
-    if "calib" in node:
+    stage = build(node)
+    stats = run(stage, tiny()).stats
+    if stage.inputs(Checkpoint(tiny())) is not None:  # its result depends on data
         assert stats["calib_tokens"] == 4 * 32 and stats["seed"] == 0
         assert stats["calib_text"] is None
     else:

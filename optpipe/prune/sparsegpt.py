@@ -15,7 +15,7 @@ from torch import Tensor
 
 from optpipe.calibrate import Calib, Gram, Observation
 from optpipe.checkpoint import Checkpoint
-from optpipe.compensate import BLOCK, compensate, inverse_factor
+from optpipe.compensate import BLOCK, check_damp, compensate, inverse_factor
 from optpipe.prune.mask import LAYER, Prune, all_but_lowest, parse_pattern
 
 
@@ -62,8 +62,7 @@ class SparseGpt(Prune):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.damp < float("inf"):
-            raise ValueError(f"damp must be above 0 and finite, got {self.damp}")
+        check_damp(self.damp)
 
     def pruned(self, weight_RC: Tensor, statistic: Gram) -> tuple[Tensor, Tensor]:
         dropping = Dropping(weight_RC, self.sparsity, self.pattern)

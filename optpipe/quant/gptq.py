@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from optpipe.calibrate import Calib, Gram, Observation
 from optpipe.checkpoint import Checkpoint
-from optpipe.compensate import compensate, inverse_factor
+from optpipe.compensate import check_damp, compensate, inverse_factor
 from optpipe.linear import Form, Quantized, mask_of
-from optpipe.quant.grid import Grid, Quantize, fit
+from optpipe.quant.clip import MINMAX, check_clip, fit_clip
+from optpipe.quant.grid import Grid, Quantize
 
 
 class Rounding:
@@ -52,17 +53,21 @@ class Gptq(Quantize):
     """Fix the columns with the strongest inputs first, while there are most others to make up."""
     damp: float = 0.01
     """Added to the diagonal of H, in units of its mean; steadies small calibration sets."""
+    clip: str = MINMAX
+    """What the scales of a group are chosen by: its range ('minmax'), or the least error of its
+    weights ('mse') or of those weighted by the power of their inputs ('hessian')."""
     calib: Calib = field(default_factory=Calib)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.damp < float("inf"):
-            raise ValueError(f"damp must be above 0 and finite, got {self.damp}")
+        check_damp(self.damp)
+        check_clip(self.clip)
 
     def quantize(
         self, layer: nn.Module, weight_RC: Tensor, form: Form, statistic: Gram
     ) -> Quantized:
-        gram_CC, grid = statistic.mean_CC, fit(weight_RC, form)
+        gram_CC = statistic.mean_CC
+        grid = fit_clip(weight_RC, form, self.clip, gram_CC.diagonal())
         order_C = torch.arange(form.cols, device=gram_CC.device)
         if self.act_order:
             order_C = gram_CC.diagonal().argsort(descending=True, stable=True)

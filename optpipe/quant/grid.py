@@ -42,6 +42,11 @@ class Grid:
         codes = (weight_RC / scales).round() + zeros
         return codes.clamp(0, self.top).to(torch.uint8)
 
+    def decode(self, codes_RC: Tensor) -> Tensor:
+        """The weights that codes stand for, float32 (R, C)."""
+        scales, zeros = self._spread()
+        return (codes_RC.float() - zeros) * scales
+
     def zero(self, column: int) -> Tensor:
         """The codes that stand for zero in one column, uint8 (R)."""
         return self.zeros_RG[:, self._group(column)]
