@@ -8,42 +8,26 @@ arXiv:2210.17323); the layers of one block are all observed before the first of 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from optpipe import model
 from optpipe.artifact import Artifact
-from optpipe.calibrate import Observation, Statistic
+from optpipe.calibrate import Observation
 from optpipe.checkpoint import Checkpoint, Writer
 from optpipe.device import fastest
 from optpipe.family import HEAD, Block
+from optpipe.flow import Flow, advance, inputs, observe, start
 from optpipe.linear import Form, Layers, LowRank, Quantized, encode, mask_of
 from optpipe.stage import Progress
 
 Change = Callable[[str, nn.Module, Any], nn.Module]
 """(layer name, layer, statistic of its inputs or None) -> what takes its place."""
-
-
-@dataclass
-class _Flow:
-    """Hidden states of all samples on their way through the blocks."""
-
-    hidden: list[Tensor]
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
-    """What the model hands each block besides the hidden state: masks and rotations."""
-
-    def to(self, device: torch.device) -> _Flow:
-        def moved(value: Any) -> Any:
-            return value.to(device) if isinstance(value, Tensor) else value
-
-        return _Flow(tree_map(moved, self.hidden), tree_map(moved, self.calls))
 
 
 def select(layers: Layers, targets: Iterable[str], head: bool = False) -> frozenset[str]:
@@ -81,19 +65,19 @@ def rewrite(
     checkpoint, device = Checkpoint(source.path), fastest()
     writer, lm = Writer(out, checkpoint), model.skeleton(checkpoint)
     blocks = checkpoint.decoder.blocks
-    flow = _start(lm, blocks, observation.ids_ST).to(device) if observation else None
+    flow = start(lm, blocks, observation.ids_ST).to(device) if observation else None
     total = len(model.layers(checkpoint))
     done = 0
     for index, block in enumerate(blocks):
         progress(block.name, done, total)
         module = model.fill(lm, block.name, checkpoint, torch.float32).to(device)
-        seen = _observe(lm, block, index, flow, observation) if flow and observation else {}
+        seen = observe(lm, block, index, flow, observation) if flow and observation else {}
         for name, layer in list(model.block_linears(lm, block)):
             progress(name, done, total)
             lm.set_submodule(name, change(name, layer, seen.pop(name, None)))
             done += 1
         if flow:
-            _advance(module, flow, index)
+            advance(module, flow, index)
         module.to("cpu")
         writer.add(block.name, _block_tensors(lm, block, checkpoint, planned))
         model.drop(lm, block.name)
@@ -109,90 +93,18 @@ def final_logits(checkpoint: Checkpoint, ids_T: Tensor) -> Tensor:
     """
     device, decoder = fastest(), checkpoint.decoder
     lm = model.skeleton(checkpoint)
-    flow = _start(lm, decoder.blocks, ids_T[None]).to(device)
+    flow = start(lm, decoder.blocks, ids_T[None]).to(device)
     for index, block in enumerate(decoder.blocks):
         module = model.fill(lm, block.name, checkpoint, torch.float32).to(device)
-        _advance(module, flow, index)
+        advance(module, flow, index)
         model.drop(lm, block.name)
     last = flow.hidden[0][:, -1].cpu()
     logits: Tensor = lm.get_submodule(decoder.head)(lm.get_submodule(decoder.final_norm)(last))
     return logits[0]
 
 
-def _start(lm: PreTrainedModel, blocks: tuple[Block, ...], ids_ST: Tensor) -> _Flow:
-    """The input of the first block for each sample, and the other arguments of every block.
-
-    The blocks, still without weights, are made to note what they are called with.
-    """
-    flow = _Flow([], [])
-    modules = [lm.get_submodule(block.name) for block in blocks]
-
-    def recorder(index: int) -> Callable[..., Tensor]:
-        def record(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if index == 0:
-                flow.hidden.append(hidden)
-            if len(flow.calls) == index:  # the same for every sample: they are equally long
-                flow.calls.append((args, kwargs))
-            return hidden
-
-        return record
-
-    for index, module in enumerate(modules):
-        module.forward = recorder(index)
-    for ids_T in ids_ST:
-        lm.base_model(ids_T[None], use_cache=False)
-    for module in modules:
-        del module.forward
-    return flow
-
-
-def _call(module: nn.Module, flow: _Flow, index: int, hidden: Tensor) -> Tensor:
-    args, kwargs = flow.calls[index]
-    result = module(hidden, *args, **kwargs)
-    assert isinstance(result, Tensor), type(result)
-    return result
-
-
-def _advance(module: nn.Module, flow: _Flow, index: int) -> None:
-    """Send all samples through a block, in place: two sets of hidden states never coexist."""
-    for sample, hidden in enumerate(flow.hidden):
-        flow.hidden[sample] = _call(module, flow, index, hidden)
-
-
-def _observe(
-    lm: PreTrainedModel, block: Block, index: int, flow: _Flow, observation: Observation
-) -> dict[str, Statistic]:
-    """Run the block on every sample and collect what its wanted layers are fed."""
-    seen: dict[str, Statistic] = {}
-    hooks = []
-    for name, layer in model.block_linears(lm, block):
-        if name in observation.wanted:
-            seen[name] = observation.statistic(_inputs(layer))
-            hooks.append(layer.register_forward_pre_hook(_feed(seen[name])))
-    if hooks:
-        for hidden in flow.hidden:
-            _call(lm.get_submodule(block.name), flow, index, hidden)
-    for hook in hooks:
-        hook.remove()
-    return seen
-
-
-def _feed(statistic: Statistic) -> Callable[[nn.Module, tuple[Tensor]], None]:
-    def hook(_: nn.Module, args: tuple[Tensor]) -> None:  # what a hook returns becomes the input
-        statistic.add(args[0].reshape(-1, args[0].shape[-1]))
-
-    return hook
-
-
-def _inputs(layer: nn.Module) -> int:
-    if isinstance(layer, Quantized):
-        return layer.form.cols
-    assert isinstance(layer, nn.Linear)
-    return layer.in_features
-
-
 def _head_change(
-    lm: PreTrainedModel, change: Change, flow: _Flow | None, observation: Observation | None
+    lm: PreTrainedModel, change: Change, flow: Flow | None, observation: Observation | None
 ) -> Callable[[str, str], nn.Module]:
     """Changes the head, whose inputs are the final hidden states after their norm."""
 
@@ -201,7 +113,7 @@ def _head_change(
     def changed(head: str, norm: str) -> nn.Module:
         layer, statistic = lm.get_submodule(head).to(device), None
         if flow and observation and head in observation.wanted:
-            statistic = observation.statistic(_inputs(layer))
+            statistic = observation.statistic(inputs(layer))
             for hidden in flow.hidden:
                 normed = lm.get_submodule(norm).to(device)(hidden)
                 statistic.add(normed.reshape(-1, normed.shape[-1]))

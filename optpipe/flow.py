@@ -1,0 +1,104 @@
+"""Hidden states on their way through the decoder blocks of a model, one block at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from transformers import PreTrainedModel
+
+from optpipe import model
+from optpipe.calibrate import Observation, Statistic
+from optpipe.family import Block
+from optpipe.linear import Quantized
+
+
+@dataclass
+class Flow:
+    """Hidden states of all samples on their way through the blocks."""
+
+    hidden: list[Tensor]
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    """What the model hands each block besides the hidden state: masks and rotations."""
+
+    def to(self, device: torch.device) -> Flow:
+        def moved(value: Any) -> Any:
+            return value.to(device) if isinstance(value, Tensor) else value
+
+        return Flow(tree_map(moved, self.hidden), tree_map(moved, self.calls))
+
+
+def start(lm: PreTrainedModel, blocks: tuple[Block, ...], ids_ST: Tensor) -> Flow:
+    """The input of the first block for each sample, and the other arguments of every block.
+
+    The blocks, still without weights, are made to note what they are called with.
+    """
+    flow = Flow([], [])
+    modules = [lm.get_submodule(block.name) for block in blocks]
+
+    def recorder(index: int) -> Callable[..., Tensor]:
+        def record(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if index == 0:
+                flow.hidden.append(hidden)
+            if len(flow.calls) == index:  # the same for every sample: they are equally long
+                flow.calls.append((args, kwargs))
+            return hidden
+
+        return record
+
+    for index, module in enumerate(modules):
+        module.forward = recorder(index)
+    for ids_T in ids_ST:
+        lm.base_model(ids_T[None], use_cache=False)
+    for module in modules:
+        del module.forward
+    return flow
+
+
+def call(module: nn.Module, flow: Flow, index: int, hidden: Tensor) -> Tensor:
+    args, kwargs = flow.calls[index]
+    result = module(hidden, *args, **kwargs)
+    assert isinstance(result, Tensor), type(result)
+    return result
+
+
+def advance(module: nn.Module, flow: Flow, index: int) -> None:
+    """Send all samples through a block, in place: two sets of hidden states never coexist."""
+    for sample, hidden in enumerate(flow.hidden):
+        flow.hidden[sample] = call(module, flow, index, hidden)
+
+
+def observe(
+    lm: PreTrainedModel, block: Block, index: int, flow: Flow, observation: Observation
+) -> dict[str, Statistic]:
+    """Run the block on every sample and collect what its wanted layers are fed."""
+    seen: dict[str, Statistic] = {}
+    hooks = []
+    for name, layer in model.block_linears(lm, block):
+        if name in observation.wanted:
+            seen[name] = observation.statistic(inputs(layer))
+            hooks.append(layer.register_forward_pre_hook(_feed(seen[name])))
+    if hooks:
+        for hidden in flow.hidden:
+            call(lm.get_submodule(block.name), flow, index, hidden)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def _feed(statistic: Statistic) -> Callable[[nn.Module, tuple[Tensor]], None]:
+    def hook(_: nn.Module, args: tuple[Tensor]) -> None:  # what a hook returns becomes the input
+        statistic.add(args[0].reshape(-1, args[0].shape[-1]))
+
+    return hook
+
+
+def inputs(layer: nn.Module) -> int:
+    if isinstance(layer, Quantized):
+        return layer.form.cols
+    assert isinstance(layer, nn.Linear)
+    return layer.in_features
