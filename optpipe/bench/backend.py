@@ -73,6 +73,14 @@ class Backend(ABC):
         """Upper estimate of what the weights take in memory once loaded, from the files alone."""
         return 2 * artifact.size_bytes  # the file, mapped, and the copy packed for the kernels
 
+    @classmethod
+    def missing(cls, artifact: Artifact) -> str | None:
+        """Why this machine cannot run it, say a package that is not installed; None: it can.
+
+        Such an artifact is made and checked, but neither judged nor timed; the report says why.
+        """
+        return None
+
     def reset_peak(self) -> None:
         """Forget the peak of memory so far. Raises OSError where the system cannot."""
         machine.reset_peak()

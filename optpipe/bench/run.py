@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -30,6 +31,7 @@ from optpipe.progress import shown
 from optpipe.stage import Progress
 
 __all__ = ["BenchConfig", "run"]
+log = logging.getLogger(__name__)
 PROCESS_BYTES = 500_000_000
 """What a worker takes before any weights, and for activations."""
 SHARE_OF_MEMORY = 0.9
@@ -95,11 +97,18 @@ def measure_arms(
 ) -> Outcome:
     """Every arm in every cell; the first arm is the baseline."""
     baseline = given[0]
-    sizes = {arm.name: PROCESS_BYTES + arm.memory_bytes() for arm in given}
+    idle = {arm.name: f"not benchmarked: {why}" for arm in given if (why := arm.missing())}
+    for name, why in idle.items():
+        log.warning("'%s' is %s", name, why)
+    sizes = {arm.name: PROCESS_BYTES + arm.memory_bytes() for arm in given if arm.name not in idle}
     free = int(machine.available_bytes() * SHARE_OF_MEMORY)
     groups, left_out = plan_twice(sizes, free, AGAIN)
     outcome = Outcome(
-        arms=list(given), cells=cells(scenarios), sessions=groups, left_out=left_out, bench=bench
+        arms=list(given),
+        cells=cells(scenarios),
+        sessions=groups,
+        left_out={**left_out, **idle},
+        bench=bench,
     )
     outcome.measured.scenarios, outcome.tasks = scenarios, tasks
     outcome.measured.texts = read_texts(scenarios, baseline.artifact.path)

@@ -49,6 +49,10 @@ class Arm:
         """Upper estimate of what its weights take once loaded."""
         return self.find(self.artifact.format).memory_bytes(self.artifact, self.dtype)
 
+    def missing(self) -> str | None:
+        """Why this machine cannot run it; None: it can."""
+        return self.find(self.artifact.format).missing(self.artifact)
+
 
 class Command(Protocol):
     """A picklable question to a worker: called there with the open backend, answered by pipe."""

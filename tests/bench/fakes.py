@@ -26,6 +26,10 @@ class Fake(Backend):
         if self.plan.get("fault") == "die_loading":
             os._exit(9)
 
+    @classmethod
+    def missing(cls, artifact):
+        return artifact.stats.get("missing")
+
     def prefill(self, ids_BS, lengths_B):
         self._fail()
         self._sleep("prefill_s")
