@@ -1,10 +1,10 @@
 """One budget for all layers: which option each takes so that the sum of their losses is least.
 
-The multiple-choice knapsack problem (Sinha and Zoltners 1979). An option of a layer is what it costs
-and what it loses: a sparsity, a rank, a number of bits. Steps along the lower convex hulls of all
-layers, the best loss per cost first, give the optimum of the relaxed problem and a solution at most
-one step from it; dynamic programming over the options that this bound does not rule out makes it
-exact (Pisinger 1995).
+The multiple-choice knapsack problem (Sinha and Zoltners 1979). An option of a layer is what it
+costs and what it loses: a sparsity, a rank, a number of bits. Steps along the lower convex hulls of
+all layers, the best loss per cost first, give the optimum of the relaxed problem and a solution at
+most one step from it; dynamic programming over the options that this bound does not rule out makes
+it exact (Pisinger 1995).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,7 +89,7 @@ def _greedy(
     steps = [
         (_slope(curves[name], *pair), place, name, pair)
         for place, (name, hull) in enumerate(hulls.items())
-        for pair in zip(hull, hull[1:], strict=False)
+        for pair in pairwise(hull)
     ]
     price, stuck = 0.0, set()
     for slope, _, name, (i, j) in sorted(steps, key=lambda s: (-s[0], s[1], s[3])):
@@ -106,9 +107,8 @@ def _greedy(
 def _exact(curves: Curves, budget: float, start: dict[str, int], price: float) -> dict[str, int]:
     """Partial solutions, layer by layer, that may still beat ``start``.
 
-    At a ``price`` of the budget, option o of a layer loses at least o.loss + price * o.cost less the
-    least of the layer; what a partial solution so lost, with the least of all other layers, bounds
-    every solution it is part of.
+    With the budget at a ``price``, an option exceeds the best of its layer by some loss + price *
+    cost; a partial solution that has exceeded by more than ``start`` does in all is dropped.
     """
     names = list(curves)
     costs = [np.array([o.cost for o in curves[n]]) for n in names]
@@ -156,8 +156,8 @@ class _States:
             np.add.outer(a, b).ravel()
             for a, b in ((self.cost, costs), (self.loss, losses), (self.excess, excess))
         )
-        slack = 1e-9 * abs(most)  # sums in another order
-        keep = np.flatnonzero((cost <= most + slack) & (over <= spare * (1 + 1e-9)))
+
+        keep = np.flatnonzero((cost <= most) & (over <= spare * (1 + 1e-9)))
         keep = keep[np.lexsort((loss[keep], cost[keep]))]
         before = np.minimum.accumulate(np.concatenate(([np.inf], loss[keep])))[:-1]
         keep = keep[loss[keep] < before]
