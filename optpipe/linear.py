@@ -4,12 +4,14 @@ On disk a layer NAME is stored as what it is, row-major, with R outputs, C input
 
     dense      NAME.weight (R, C)
     sparse     NAME.values (kept weights, row by row)   NAME.mask (1 bit a weight, padded rows)
-    quantized  NAME.codes (``bits`` a weight, padded rows)  NAME.scales (R, G) fp16
+    quantized  NAME.codes (``bits`` a weight, padded rows)  NAME.scales (R, G) fp16, or (1, 1)
                [NAME.zeros (``bits`` a group, padded rows) unless symmetric]  [NAME.mask]
+               [NAME.input_scale () fp16 if inputs are rounded with a scale known beforehand]
     low rank   two layers, NAME.right (rank, C) and NAME.left (R, rank), each in a form of its own
 
-each with an optional NAME.bias (R). Codes are unsigned; weight = (code - zero) * scale, where the
-zero of a symmetric layer is 2 ** (bits - 1).
+each with an optional NAME.bias (R). Integer codes are unsigned: weight = (code - zero) * scale,
+where the zero of a symmetric layer is 2 ** (bits - 1). Codes of 8-bit floating point ('fp8') are
+the bytes of a float8_e4m3fn: weight = code * scale. Both are as in ONNX, TensorRT and vLLM.
 """
 
 from __future__ import annotations
@@ -21,7 +23,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-PER_CHANNEL = -1
+PER_CHANNEL, PER_TENSOR = -1, 0
+NUMBERS = ("int", "fp8")
+INPUTS = ("int8_tensor", "int8_token", "fp8_tensor", "fp8_token")
+"""How a layer may round its inputs: to which numbers, with one scale known beforehand or with one
+for each token, its largest magnitude over the largest number."""
+LARGEST = {"int8": 127.0, "fp8": 448.0}
+FP8 = torch.float8_e4m3fn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +39,12 @@ class Form:
     rows: int
     cols: int
     bits: int | None = None
+    number: str = "int"
+    """What a code is: 'int', or 'fp8', a floating-point number of 8 bits (e4m3)."""
     group_size: int = PER_CHANNEL
-    """Inputs that share a scale; -1: the whole row."""
+    """Inputs that share a scale; -1: the whole row; 0: one scale for the layer."""
+    inputs: str | None = None
+    """One of INPUTS if the layer rounds what it multiplies with; None: it does not."""
     symmetric: bool = True
     pattern: str | None = None
     """'row' or 'N:M' if a mask says which weights are kept; None: all are."""
@@ -42,7 +54,17 @@ class Form:
 
     @property
     def groups(self) -> int:
-        return 1 if self.group_size == PER_CHANNEL else self.cols // self.group_size
+        return self.cols // self.group_size if self.group_size > 0 else 1
+
+    @property
+    def scales(self) -> int:
+        """How many scales are stored."""
+        return 1 if self.group_size == PER_TENSOR else self.rows * self.groups
+
+    @property
+    def static_inputs(self) -> bool:
+        """Whether inputs are rounded with a scale that is stored."""
+        return self.inputs is not None and self.inputs.endswith("_tensor")
 
     def stored_bits(self, float_bits: int = 16, density: float = 1.0) -> float:
         """Bits this layer takes on disk, without bias; ``density``: the share of kept weights."""
@@ -51,7 +73,7 @@ class Form:
         if self.bits is None:
             return weights * float_bits * (density if self.pattern else 1) + mask
         per_group = 16 + (0 if self.symmetric else self.bits)
-        return weights * self.bits + self.rows * self.groups * per_group + mask
+        return weights * self.bits + self.scales * per_group + 16 * self.static_inputs + mask
 
 
 Layers = dict[str, Form]
@@ -122,12 +144,38 @@ def unpack(packed: Tensor, bits: int, cols: int) -> Tensor:
     return (single << torch.arange(bits, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
 
 
+def to_fp8(x: Tensor) -> Tensor:
+    """The nearest float8_e4m3fn, ties to even; beyond 448 it is 448, where torch's cast has NaN."""
+    return x.clamp(-LARGEST["fp8"], LARGEST["fp8"]).to(FP8)
+
+
+def round_inputs(x: Tensor, inputs: str, scale: Tensor | None) -> Tensor:
+    """What a layer multiplies with instead of x (..., C): scale * nearest number to x / scale.
+
+    As QuantizeLinear and DequantizeLinear of ONNX: ties to even, -128 and 448 are the ends.
+    ``scale`` is a scalar, or None where every token has its own.
+    """
+    number, _, per = inputs.partition("_")
+    wide = x.float()
+    if per == "token":
+        scale = wide.abs().amax(-1, keepdim=True) / LARGEST[number]
+        scale = torch.where(scale == 0, 1.0, scale)
+    assert scale is not None
+    scaled = wide / scale
+    rounded = scaled.round().clamp(-128, 127) if number == "int8" else to_fp8(scaled).float()
+    return (rounded * scale).to(x.dtype)
+
+
 class Quantized(nn.Module):
-    """A linear layer that keeps integer codes and multiplies with what they stand for."""
+    """A linear layer that keeps its codes and multiplies with what they stand for.
+
+    Where its form says so, it rounds its inputs first, as the runtimes do.
+    """
 
     codes: Tensor
     scales: Tensor
     zeros: Tensor | None
+    input_scale: Tensor | None
     bias: Tensor | None
     mask: Tensor | None
 
@@ -136,23 +184,31 @@ class Quantized(nn.Module):
         self.form = form
         self.register_buffer("codes", codes_RC.to(torch.uint8))
         self.register_buffer("scales", scales_RG.half())
-        for name in ("zeros", "bias", "mask"):
+        for name in ("zeros", "bias", "mask", "input_scale"):
             self.register_buffer(name, None)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight, (R, C)."""
         form = self.form
-        assert form.bits is not None
-        grouped = self.codes.reshape(form.rows, form.groups, -1).to(torch.float32)
-        if self.zeros is None:
-            grouped = grouped - float(2 ** (form.bits - 1))
-        else:
-            grouped = grouped - self.zeros.unsqueeze(-1).to(torch.float32)
+        grouped = self._numbers().reshape(form.rows, form.groups, -1)
         weight = grouped * self.scales.unsqueeze(-1).to(torch.float32)
         return weight.reshape(form.rows, form.cols).to(dtype)
 
+    def _numbers(self) -> Tensor:
+        """What the codes say before they are scaled, (R, C) or (R, G, C / G), float32."""
+        form = self.form
+        assert form.bits is not None
+        if form.number == "fp8":
+            return self.codes.view(FP8).to(torch.float32)
+        codes = self.codes.reshape(form.rows, form.groups, -1).to(torch.float32)
+        if self.zeros is None:
+            return codes - float(2 ** (form.bits - 1))
+        return codes - self.zeros.unsqueeze(-1).to(torch.float32)
+
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self.form.inputs is not None:
+            x = round_inputs(x, self.form.inputs, self.input_scale)
         return functional.linear(x, self.dequantize(x.dtype), bias)
 
 
@@ -204,6 +260,8 @@ def encode(name: str, module: nn.Module, form: Form, dtype: torch.dtype) -> dict
         stored["scales"] = module.scales
         if module.zeros is not None:
             stored["zeros"] = pack(module.zeros, form.bits)
+        if module.input_scale is not None:
+            stored["input_scale"] = module.input_scale
     elif mask is not None:
         stored["values"] = weight_of(module)[mask].to(dtype)
     else:
@@ -226,6 +284,7 @@ def decode(name: str, form: Form, get: Callable[[str], Tensor | None]) -> nn.Mod
         module = Quantized(form, unpack(codes, form.bits, form.cols), scales)
         module.zeros = None if zeros is None else unpack(zeros, form.bits, form.groups)
         module.bias, module.mask = bias, mask
+        module.input_scale = get(f"{name}.input_scale")
         return module
     weight = get(f"{name}.weight")
     if weight is None:

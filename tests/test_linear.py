@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optpipe.linear import (
+    INPUTS,
     Form,
     LowRank,
     Quantized,
@@ -15,6 +16,8 @@ from optpipe.linear import (
     divisor,
     encode,
     pack,
+    round_inputs,
+    to_fp8,
     unpack,
 )
 
@@ -57,6 +60,66 @@ def test_a_quantized_layer_comes_back_and_multiplies_as_its_formula_says(bits, s
     for one in (layer, back(layer, form)):
         torch.testing.assert_close(one(x), x @ weight.T + layer.bias.float())
         assert (one.mask is None) or torch.equal(one.mask, layer.mask)
+
+
+@pytest.mark.parametrize("group_size", [16, 64, -1, 0])
+@pytest.mark.parametrize("inputs", [None, *INPUTS])
+def test_an_fp8_layer_comes_back_and_multiplies_as_torch_s_own_type_does(group_size, inputs):
+    form = Form(rows=6, cols=64, bits=8, number="fp8", group_size=group_size, inputs=inputs)
+    weight = (40 * torch.randn(6, 64)).to(torch.float8_e4m3fn)
+    scales = torch.rand(1 if group_size == 0 else 6, form.groups).half() + 0.1
+    layer = Quantized(form, weight.view(torch.uint8), scales)
+    layer.bias = torch.randn(6).half()
+    layer.input_scale = torch.tensor(0.03).half() if form.static_inputs else None
+    x = torch.randn(2, 3, 64)
+    wide = weight.float() * scales.float().repeat_interleave(64 // form.groups, 1)
+    rounded = x if inputs is None else round_inputs(x, inputs, layer.input_scale)
+    stored = encode("x", layer, form, torch.float16)
+    bits = sum(t.numel() * t.element_size() * 8 for n, t in stored.items() if n != "x.bias")
+    assert bits == form.stored_bits()
+    for one in (layer, decode("x", form, stored.get)):
+        torch.testing.assert_close(one(x), rounded @ wide.T + layer.bias.float())
+        assert one.form == form
+
+
+@given(st.integers(0, 2**16 - 1))
+def test_every_half_becomes_the_nearest_fp8(bits):
+    """Against a search through all numbers; even ones win ties."""
+    x = torch.tensor(bits, dtype=torch.int32).to(torch.int16).view(torch.float16).float()
+    if not torch.isfinite(x):
+        return
+    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    gaps = (numbers - x.clamp(-448, 448)).abs().nan_to_num(float("inf"))
+    nearest = (gaps == gaps.min()).nonzero().flatten()
+    assert to_fp8(x).view(torch.uint8).item() in [
+        c for c in nearest if len(nearest) == 1 or c % 2 == 0
+    ]
+
+
+@given(
+    inputs=st.sampled_from(INPUTS), seed=st.integers(0, 20), size=st.sampled_from([1e-3, 1.0, 50.0])
+)
+def test_inputs_are_rounded_to_the_nearest_multiple_of_their_scale(inputs, seed, size):
+    x = size * torch.randn(4, 64, generator=torch.Generator().manual_seed(seed))
+    x[1] = 0
+    top = 127 if inputs.startswith("int8") else 448
+    scale = x.abs().amax() / top if inputs.endswith("tensor") else x.abs().amax(-1, True) / top
+    scale = scale + (scale == 0)
+    if top == 127:
+        expected = torch.fake_quantize_per_tensor_affine(x / scale, 1.0, 0, -128, 127) * scale
+    else:
+        expected = (x / scale).to(torch.float8_e4m3fn).float() * scale  # none is beyond 448
+    got = round_inputs(x, inputs, scale if inputs.endswith("tensor") else None)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
+
+
+def test_inputs_beyond_the_scale_saturate():
+    x = torch.tensor([[-1e4, -3.0, 0.5, 1.5, 2.5, 1e4]])
+    int8 = round_inputs(x, "int8_tensor", torch.tensor(1.0))
+    assert int8.tolist() == [[-128.0, -3.0, 0.0, 2.0, 2.0, 127.0]]
+    assert round_inputs(x, "fp8_tensor", torch.tensor(1.0)).tolist() == [
+        [-448, -3, 0.5, 1.5, 2.5, 448]
+    ]
 
 
 @pytest.mark.parametrize("masked", [True, False])

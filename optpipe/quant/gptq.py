@@ -16,7 +16,7 @@ from optpipe.checkpoint import Checkpoint
 from optpipe.compensate import check_damp, compensate, inverse_factor
 from optpipe.linear import Form, Quantized, mask_of
 from optpipe.quant.clip import MINMAX, check_clip, fit_clip
-from optpipe.quant.grid import Grid, Quantize
+from optpipe.quant.grid import Grid, WeightOnly
 
 
 class Rounding:
@@ -46,7 +46,7 @@ class Rounding:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gptq(Quantize):
+class Gptq(WeightOnly):
     """Grids are fitted to the original weights (static groups), whatever the order of columns."""
 
     act_order: bool = True

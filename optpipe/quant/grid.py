@@ -1,4 +1,4 @@
-"""The integer grids of weights, and what quantization methods share.
+"""The grids of weights, integer or fp8, and what quantization methods share.
 
 Shapes: R outputs, C inputs, G groups of inputs that share a scale. weight = (code - zero) * scale.
 """
@@ -18,11 +18,23 @@ from optpipe.artifact import Artifact, Stats
 from optpipe.blockwise import rewrite, select
 from optpipe.calibrate import Observation
 from optpipe.checkpoint import Checkpoint
-from optpipe.linear import PER_CHANNEL, Form, Layers, Quantized, divisor, mask_of
+from optpipe.linear import (
+    FP8,
+    LARGEST,
+    NUMBERS,
+    PER_CHANNEL,
+    PER_TENSOR,
+    Form,
+    Layers,
+    Quantized,
+    divisor,
+    mask_of,
+    to_fp8,
+)
 from optpipe.stage import Progress, Stage
 
 BITS = (2, 3, 4, 8)
-GROUP_SIZES = (PER_CHANNEL, 32, 64, 128)
+GROUP_SIZES = (PER_CHANNEL, 16, 32, 64, 128, 256)
 HALF = torch.finfo(torch.float16)
 
 
@@ -32,20 +44,20 @@ class Grid:
 
     form: Form
     scales_RG: Tensor
-    """float16: rounded before any code is chosen, so that what is stored is what was meant."""
+    """float16: rounded before any code is chosen, so that what is stored is what was meant. (1, 1)
+    for one scale a layer."""
     zeros_RG: Tensor
-    """uint8; 2 ** (bits - 1) throughout if symmetric."""
+    """uint8; 2 ** (bits - 1) throughout if symmetric, 0 for fp8. Shaped as the scales."""
 
     def encode(self, weight_RC: Tensor) -> Tensor:
         """The nearest codes, uint8 (R, C)."""
         scales, zeros = self._spread()
-        codes = (weight_RC / scales).round() + zeros
-        return codes.clamp(0, self.top).to(torch.uint8)
+        return self._codes(weight_RC / scales, zeros)
 
     def decode(self, codes_RC: Tensor) -> Tensor:
         """The weights that codes stand for, float32 (R, C)."""
         scales, zeros = self._spread()
-        return (codes_RC.float() - zeros) * scales
+        return (self._numbers(codes_RC) - zeros) * scales
 
     def zero(self, column: int) -> Tensor:
         """The codes that stand for zero in one column, uint8 (R)."""
@@ -56,8 +68,8 @@ class Grid:
         group = self._group(column)
         scale = self.scales_RG[:, group].to(weight_R.dtype)
         zero = self.zeros_RG[:, group].to(weight_R.dtype)
-        codes = ((weight_R / scale).round() + zero).clamp(0, self.top)
-        return codes.to(torch.uint8), (codes - zero) * scale
+        codes = self._codes(weight_R / scale, zero)
+        return codes, (self._numbers(codes).to(weight_R.dtype) - zero) * scale
 
     def module(self, codes_RC: Tensor, layer: nn.Module) -> Quantized:
         """The quantized layer, with the bias and the mask of the one it replaces."""
@@ -73,6 +85,15 @@ class Grid:
         assert self.form.bits is not None
         return int(2**self.form.bits - 1)
 
+    def _codes(self, steps: Tensor, zeros: Tensor) -> Tensor:
+        """The codes, uint8, nearest to so many scales."""
+        if self.form.number == "fp8":
+            return to_fp8(steps).view(torch.uint8)
+        return (steps.round() + zeros).clamp(0, self.top).to(torch.uint8)
+
+    def _numbers(self, codes: Tensor) -> Tensor:
+        return (codes.view(FP8) if self.form.number == "fp8" else codes).float()
+
     def _group(self, column: int) -> int:
         return 0 if self.form.groups == 1 else column // self.form.group_size
 
@@ -87,8 +108,12 @@ class Grid:
 def fit(weight_RC: Tensor, form: Form) -> Grid:
     """The grid that spans each group from its smallest to its largest weight, and zero."""
     assert form.bits is not None
-    groups = weight_RC.float().reshape(form.rows, form.groups, -1)
+    shape = (1, 1) if form.group_size == PER_TENSOR else (form.rows, form.groups)
+    groups = weight_RC.float().reshape(*shape, -1)
     top = 2**form.bits - 1
+    if form.number == "fp8":
+        scales = _half(groups.abs().amax(-1) / LARGEST["fp8"])
+        return Grid(form, scales, torch.zeros_like(scales).to(torch.uint8))
     if form.symmetric:
         scales = _half(groups.abs().amax(-1) / (top // 2))
         return Grid(form, scales, torch.full_like(scales, top // 2 + 1).to(torch.uint8))
@@ -114,24 +139,12 @@ def _half(scales: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Quantize(Stage):
-    """Weight-only quantization; each method chooses the codes its own way."""
+    """Quantization of the linear layers; each method chooses forms and codes its own way."""
 
-    bits: int = 4
-    """2, 3, 4 or 8."""
-    group_size: int = 128
-    """Inputs that share a scale: 32, 64 or 128; -1: all of an output channel."""
-    symmetric: bool = True
-    """Without zero points; TensorRT and most kernels take nothing else."""
     head: bool = False
     """Also quantize the output projection; where it is tied, the embedding stays as it is."""
     targets: list[str] = field(default_factory=lambda: ["*"])
     """Patterns of layer names, the head aside."""
-
-    def __post_init__(self) -> None:
-        if self.bits not in BITS:
-            raise ValueError(f"bits must be one of {BITS}, got {self.bits}")
-        if self.group_size not in GROUP_SIZES:
-            raise ValueError(f"group_size must be one of {GROUP_SIZES}, got {self.group_size}")
 
     def plan(self, layers: Layers) -> Layers:
         planned, chosen = dict(layers), select(layers, self.targets, self.head)
@@ -140,16 +153,12 @@ class Quantize(Stage):
                 continue
             if form.bits is not None:
                 raise ValueError(f"layer '{name}' is quantized already, to {form.bits} bits")
-            inputs = divisor(name, form)
-            if self.group_size != PER_CHANNEL and inputs % self.group_size:
-                raise ValueError(
-                    f"group_size={self.group_size} does not divide the {inputs} inputs of layer "
-                    f"'{name}'; allowed are {[g for g in GROUP_SIZES if inputs % g == 0]}"
-                )
-            planned[name] = replace(
-                form, bits=self.bits, group_size=self.group_size, symmetric=self.symmetric
-            )
+            planned[name] = self.form(name, form)
         return planned
+
+    @abstractmethod
+    def form(self, name: str, form: Form) -> Form:
+        """What a layer becomes. Raises ValueError, with its name, if it cannot."""
 
     @abstractmethod
     def quantize(
@@ -178,4 +187,47 @@ class Quantize(Stage):
         bits = sum(form.stored_bits() for form in planned.values() if form.bits)
         weights = sum(form.rows * form.cols for form in planned.values() if form.bits)
         facts = observation.facts if observation else {}
-        return {"bits": self.bits, "bits_per_quantized_weight": bits / weights, **facts}
+        most = max(planned[name].bits or 0 for name in chosen)
+        return {"bits": most, "bits_per_quantized_weight": bits / weights, **facts}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightOnly(Quantize):
+    """Codes for the weights, in groups; inputs stay as they are."""
+
+    number: str = "int"
+    """'int', or 'fp8': floating point of 8 bits (e4m3), symmetric."""
+    bits: int = 4
+    """2, 3, 4 or 8."""
+    group_size: int = 128
+    """Inputs that share a scale: 16, 32, 64, 128 or 256; -1: all of an output channel."""
+    symmetric: bool = True
+    """Without zero points; TensorRT and most kernels take nothing else."""
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise ValueError(f"bits must be one of {BITS}, got {self.bits}")
+        if self.group_size not in GROUP_SIZES:
+            raise ValueError(f"group_size must be one of {GROUP_SIZES}, got {self.group_size}")
+        if self.number not in NUMBERS:
+            raise ValueError(f"number must be one of {NUMBERS}, got '{self.number}'")
+        if self.number == "fp8" and not (self.bits == 8 and self.symmetric):
+            raise ValueError(
+                "number=fp8 takes bits=8 and symmetric=true, "
+                f"got bits={self.bits} and symmetric={str(self.symmetric).lower()}"
+            )
+
+    def form(self, name: str, form: Form) -> Form:
+        inputs = divisor(name, form)
+        if self.group_size != PER_CHANNEL and inputs % self.group_size:
+            raise ValueError(
+                f"group_size={self.group_size} does not divide the {inputs} inputs of layer "
+                f"'{name}'; allowed are {[g for g in GROUP_SIZES if inputs % g == 0]}"
+            )
+        return replace(
+            form,
+            bits=self.bits,
+            number=self.number,
+            group_size=self.group_size,
+            symmetric=self.symmetric,
+        )

@@ -10,11 +10,11 @@ from optpipe.calibrate import Calib, Observation, Squares
 from optpipe.checkpoint import Checkpoint
 from optpipe.linear import Form, Quantized
 from optpipe.quant.clip import HESSIAN, MINMAX, check_clip, fit_clip
-from optpipe.quant.grid import Quantize
+from optpipe.quant.grid import WeightOnly
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rtn(Quantize):
+class Rtn(WeightOnly):
     """The baseline of every other method. Zeros stay zeros, so masks hold."""
 
     clip: str = MINMAX

@@ -50,6 +50,26 @@ def test_weights_on_a_grid_come_back_bit_by_bit(bits, symmetric, seed):
 
 
 @settings(deadline=None)
+@given(
+    group_size=st.sampled_from([16, 32, -1, 0]),
+    seed=st.integers(0, 20),
+    size=st.sampled_from([1e-3, 0.02, 1.0, 50.0]),
+)
+def test_fp8_is_torch_s_own_cast_under_the_largest_magnitude(group_size, seed, size):
+    weight = size * torch.randn(6, 64, generator=torch.Generator().manual_seed(seed))
+    form = Form(rows=6, cols=64, bits=8, number="fp8", group_size=group_size)
+    rounded, grid = dequantized(weight, form)
+    width = 384 if group_size == 0 else 64 // form.groups
+    scales = grid.scales_RG.float().reshape(-1, 1)
+    expected = (weight.reshape(-1, width) / scales).to(torch.float8_e4m3fn).float() * scales
+    assert torch.equal(rounded, expected.reshape(6, 64))
+    assert (weight.reshape(-1, width).abs().amax(-1) <= 448 * scales[:, 0]).all()
+    codes, fixed = zip(*(grid.column(weight[:, c], c) for c in range(64)), strict=True)
+    assert torch.equal(torch.stack(codes, 1), grid.encode(weight))
+    assert torch.equal(torch.stack(fixed, 1), rounded)
+
+
+@settings(deadline=None)
 @given(form=FORMS, seed=st.integers(0, 20))
 def test_rounding_again_changes_nothing(form, seed):
     weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(seed))
@@ -85,8 +105,18 @@ def test_group_of_zeros_and_too_large_weights():
         fit(torch.full((2, 64), 1e6), form)
 
 
-@pytest.mark.parametrize("fields", [{"bits": 5}, {"bits": 16}, {"group_size": 100}])
+@pytest.mark.parametrize(
+    "fields", [{"number": "fp8"}, {"number": "fp8", "bits": 8, "symmetric": False}]
+)
+def test_fp8_has_eight_bits_and_no_zero(fields):
+    with pytest.raises(ValueError, match="number=fp8 takes bits=8 and symmetric=true, got bits="):
+        Rtn(**fields)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"number": "fp4"}, {"bits": 5}, {"bits": 16}, {"group_size": 100}]
+)
 def test_bad_fields_are_refused(fields):
     name, value = next(iter(fields.items()))
-    with pytest.raises(ValueError, match=f"{name} must be one of .* got {value}"):
+    with pytest.raises(ValueError, match=f"{name} must be one of .* got '?{value}"):
         Rtn(**fields)
