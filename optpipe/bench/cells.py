@@ -24,7 +24,7 @@ from optpipe.bench.evidence.statistics import (
 )
 from optpipe.bench.outcome import Outcome
 from optpipe.bench.scenario import Cell
-from optpipe.bench.serving import load
+from optpipe.bench.serving import goodput, load
 from optpipe.bench.serving.request import pooled
 from optpipe.bench.timed.clock import METRICS, NO_STAMPS, ONE_TOKEN
 from optpipe.bench.timed.samples import AGAIN
@@ -94,7 +94,12 @@ class Table:
             "cpu_s": median([sample.cpu_s for sample in own.samples]) if own else None,
             "device_s": median(device) if device else None,
             "percentiles": {
-                "ttft_s": _percentiles(_firsts(own) if own else [], why),
+                "ttft_s": _percentiles(_firsts(own, "ttft_s") if own else [], why),
+                **(
+                    {"ttft_sched_s": _percentiles(_firsts(own, "ttft_sched_s"), why)}
+                    if own and cell in self.outcome.measured.rates
+                    else {}
+                ),
                 "itl_s": _percentiles(_gaps(own) if own else [], why or ONE_TOKEN),
             },
             "speedup": self._speedups(name, cell),
@@ -112,7 +117,11 @@ class Table:
             found = {metric: self._ratio(name, cell, metric) for metric in FIELDS}
         return {
             **found,
-            **({} if cell in outcome.measured.rates else {"queue_s": nothing(HAND_OVER)}),
+            **(
+                {"goodput_per_s": self._goodput(name, cell)}
+                if cell in outcome.measured.rates
+                else {"queue_s": nothing(HAND_OVER)}
+            ),
             "bytes": single(smaller, ITSELF if itself else ONE_NUMBER),
         }
 
@@ -125,6 +134,17 @@ class Table:
         if metric == "tokens_per_s" and shift.pairs >= resampling.FEWEST_BLOCKS:
             entry |= _bootstrap(base, own, cell, self.outcome.bench.seed)
         return entry
+
+    def _goodput(self, name: str, cell: Cell) -> Entry:
+        own, why = self.timed(name, cell)
+        base, lost = self.timed(self.outcome.baseline, cell)
+        if own is None or base is None:
+            return nothing(why or f"the baseline has no numbers here: {lost}")
+        if name == self.outcome.baseline:
+            return single(1.0, ITSELF)
+        if (apart := self._unpaired(name)) is not None or name in self.outcome.anchored:
+            return nothing(apart or "it took turns with the baseline: no block has both")
+        return goodput.ratio(base.samples, own.samples, self.outcome.bench.seed)
 
     def _unpaired(self, name: str) -> str | None:
         if name == AGAIN or name in self.outcome.anchored:
@@ -206,12 +226,12 @@ def _bootstrap(base: Turns, own: Turns, cell: Cell, seed: int) -> Entry:
     return {"ci_bootstrap": [float(np.exp(low)), float(np.exp(high))]}
 
 
-def _firsts(own: Turns) -> list[float]:
-    """TTFT of every request."""
+def _firsts(own: Turns, metric: str) -> list[float]:
+    """TTFT of every request; infinite for one that failed."""
     served = [sample.served for sample in own.samples if sample.served is not None]
     if not served:
-        return own.values("ttft_s")
-    return [value for one in served for value in pooled(one.requests)["ttft_s"]]
+        return own.values(metric)
+    return [value for one in served for value in pooled(one.requests)[metric]]
 
 
 def _gaps(own: Turns) -> list[float]:
@@ -224,17 +244,24 @@ def _gaps(own: Turns) -> list[float]:
 
 
 def _percentiles(values: list[float], why: str) -> Entry:
-    """Each with its bounds; null where the sample is too small to bound it."""
+    """Each with its bounds; null where the sample is too small to bound it.
+
+    A request that failed is infinitely late: a percentile with one of them at its bound is null.
+    """
     found: Entry = {}
     reasons: dict[str, str] = {}
     bounds: dict[str, list[float]] = {}
+    failed = sum(value == np.inf for value in values)
     for q in PERCENTILES:
         within = percentile_interval(values, q)
-        found[f"p{q}"] = percentile(values, q) if within else None
-        if within is None:
+        if within is not None and not np.isfinite(within[1]):
+            within = None
+            reasons[f"p{q}"] = f"{failed} of {len(values)} requests failed: nothing bounds it"
+        elif within is None:
             needed = max(fewest_samples(q), fewest_samples(100 - q))
             few = f"{len(values)} samples; {needed} are the fewest that bound it at {LEVEL:.0%}"
             reasons[f"p{q}"] = few if values else why
-        else:
+        found[f"p{q}"] = percentile(values, q) if within else None
+        if within is not None:
             bounds[f"p{q}"] = list(within)
     return {**found, "ci": bounds, "samples": len(values), "reasons": reasons}

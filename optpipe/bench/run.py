@@ -188,7 +188,6 @@ def _judge(outcome: Outcome, residents: Residents, progress: Progress) -> None:
         able = {name: w for name, w in fitting.items() if loaded[name].capacity >= cell.tokens}
         quality.expect(able, cell, vocab, prompt_seed(bench.seed, WARM), judged)
     for name, worker in fitting.items():
-        judged.hashes[name] = outcome.content[name]
         judged.stops[name] = gate.stop_tokens(worker.arm.artifact.path)
         judged.faults[name] = gate.file_faults(worker.arm.artifact.path, folder)
     outcome.add(judged)

@@ -7,14 +7,7 @@ import pytest
 from scipy.stats import expon, gamma, kstest
 
 from optpipe.bench.scenario import BUNDLED_TRACE
-from optpipe.bench.serving.arrivals import (
-    Scale,
-    lengths,
-    prompt_ids,
-    read_trace,
-    synthetic_trace,
-    times_s,
-)
+from optpipe.bench.serving.arrivals import BLOCK, Scale, lengths, prompt_ids, read_trace, times_s
 from optpipe.errors import InputError
 
 
@@ -98,6 +91,33 @@ def test_a_trace_that_is_not_there_or_empty(tmp_path):
         read_trace(tmp_path / "none.jsonl", Scale())
     with pytest.raises(InputError, match="holds no request"):
         read_trace(trace(tmp_path, ""), Scale())
+
+
+def synthetic_trace(requests=48, seed=0):
+    """The lines of the bundled ``trace.jsonl``: three conversations that share their system prompt.
+
+    Gaps are exponential, 400 ms on average. Every turn repeats the whole conversation before it
+    and adds 1 to 900 tokens; answers are lognormal around 120 tokens. A conversation of
+    more than 11 blocks (5632 tokens) begins anew.
+    """
+    rng = np.random.default_rng(seed)
+    now_ms, fresh = 0.0, 2
+    talks = [(2 * BLOCK, [0, 1])] * 3
+    for _ in range(requests):
+        now_ms += rng.exponential(400)
+        which = int(rng.integers(len(talks)))
+        length, hashes = talks[which]
+        if length > 11 * BLOCK:
+            length, hashes = 2 * BLOCK, [0, 1]
+        kept = hashes[: length // BLOCK]  # the last one, if not full, now holds other tokens
+        length += int(rng.integers(1, 900))
+        new = -(-length // BLOCK) - len(kept)
+        hashes = [*kept, *range(fresh, fresh + new)]
+        fresh += new
+        talks[which] = (length, hashes)
+        answer = int(np.clip(np.rint(120 * np.exp(0.6 * rng.standard_normal())), 8, 512))
+        row = {"timestamp": round(now_ms), "input_length": length, "output_length": answer}
+        yield json.dumps({**row, "hash_ids": hashes})
 
 
 def test_the_bundled_trace_is_what_its_function_makes():

@@ -6,7 +6,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from optpipe.artifact import Artifact
-from optpipe.bench.bottlenecks.cost import Model, Product, causal_pairs, cell_costs, experts_read
+from optpipe.bench.bottlenecks.cost import Model, Product, causal_pairs, cell_costs
 from optpipe.bench.bottlenecks.executed import costs, graph_model, torch_model
 from optpipe.bench.scenario import Cell
 from optpipe.bench.torch import Torch
@@ -161,17 +161,6 @@ def test_pairs_are_those_under_the_mask(tokens, depth, window):
     queries, keys = depth + np.arange(tokens)[:, None], np.arange(depth + tokens)
     seen = (keys <= queries) & (keys > queries - (window or 10**9))
     assert causal_pairs(tokens, depth, window) == seen.sum()
-
-
-def test_experts_that_a_batch_reads():
-    """By hand: 8 experts, 2 a token. One token reads 2; two tokens 8 (1 - (3/4)^2) = 3.5."""
-    assert experts_read(8, 2, 1) == pytest.approx(2)
-    assert experts_read(8, 2, 2) == pytest.approx(3.5)
-    rng = np.random.default_rng(0)
-    drawn = [len({*rng.choice(8, 2, False), *rng.choice(8, 2, False)}) for _ in range(4000)]
-    assert np.mean(drawn) == pytest.approx(3.5, abs=0.05)
-    with pytest.raises(ValueError, match="active=9"):
-        experts_read(8, 9, 1)
 
 
 def test_a_cell_is_costed_at_the_mean_depth_of_its_decode_steps(tiny):

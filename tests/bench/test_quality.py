@@ -58,9 +58,9 @@ def test_without_the_baseline_there_is_no_comparison(local):
 
 
 def test_what_an_earlier_session_found_stays():
-    first = Judged(windows=2, hashes={"a": "1"}, missing={"b": "late"})
-    first.add(Judged(windows=3, hashes={"a": "2", "c": "3"}))
-    assert first == Judged(windows=2, hashes={"a": "1", "c": "3"}, missing={"b": "late"})
+    first = Judged(windows=2, faults={"a": ["1"]}, missing={"b": "late"})
+    first.add(Judged(windows=3, faults={"a": ["2"], "c": ["3"]}))
+    assert first == Judged(windows=2, faults={"a": ["1"], "c": ["3"]}, missing={"b": "late"})
 
 
 def test_perplexity_is_that_of_the_text_given_the_window_so_far(tiny, tmp_path):

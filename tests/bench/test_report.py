@@ -367,7 +367,7 @@ def test_a_whole_run_of_a_real_model(tiny, tmp_path, capfd):
         found = artifact["quality"]
         assert found["kl_mean"] == 0 and found["top1_agreement"] == 1 and artifact["load_s"] > 0
         assert found["perplexity"] > 1 and found["greedy_prefix"]["exact_share"] == 1
-        assert found["deterministic"] is True and len(found["artifact_sha256"]) == 64
+        assert found["deterministic"] is True and len(artifact["content"]) == 64
         assert 0 < artifact["cells"][0]["blocks"] <= 6
     assert built["run"]["design"]["quality"]["sampled_from"] == "baseline"
     _, cell = entry(built, "copy")

@@ -74,13 +74,13 @@ def test_metrics_of_a_block_are_those_worked_out_by_hand():
     same(
         found,
         {
-            "ttft_s": 0.2,
-            "ttft_sched_s": 0.2,
-            "queue_s": 0.1,
-            "prefill_s": 0.1,
-            "tpot_s": (0.02 + 0.16 / 6) / 2,
-            "e2e_s": 0.36,
-            "itl_s": 0.02,  # 127 of 133 gaps
+            "ttft_s": 2.0,  # of 0.1, 0.2, 2.0 and two that failed
+            "ttft_sched_s": 2.01,
+            "queue_s": 0.5,
+            "prefill_s": 1.5,
+            "tpot_s": None,  # of 0.02, 0.027 and two that failed
+            "e2e_s": 4.54,
+            "itl_s": 0.02,  # 127 of 134 gaps, that of the answer cut off among them
             "itl_max_s": 0.03,
             "tokens_per_s": 137 / span,
             "total_tokens_per_s": 167 / span,
@@ -92,7 +92,9 @@ def test_metrics_of_a_block_are_those_worked_out_by_hand():
             "failed": 2.0,
         },
     )
-    assert reasons(found).keys() == {"steady_tokens_per_s"}
+    why = reasons(found)
+    assert why.keys() == {"steady_tokens_per_s", "tpot_s"}
+    assert why["tpot_s"] == "half or more of the requests failed, so that their median is no time"
 
 
 @pytest.mark.parametrize(
@@ -114,9 +116,10 @@ def test_good_is_complete_and_within_every_limit(limits, good):
 def test_nothing_answered_is_null_with_a_reason_and_never_zero():
     found = metrics([FAILED], LOOSE)
     nulls = {name for name, value in found.items() if value is None}
-    assert nulls == found.keys() - {"good_share", "dispatch_lag_s", "failed"}
+    known = {"good_share", "goodput_per_s", "dispatch_lag_s", "failed"}
+    assert nulls == found.keys() - known
     assert reasons(found) == dict.fromkeys(nulls, "no request was answered")
-    assert found["good_share"] == 0 and found["failed"] == 1
+    assert found["good_share"] == found["goodput_per_s"] == 0 and found["failed"] == 1
 
 
 def test_without_stage_marks_the_queue_is_unknown():

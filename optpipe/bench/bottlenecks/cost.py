@@ -185,12 +185,5 @@ def causal_pairs(tokens: int, depth: float, window: int | None) -> float:
     return ramp * depth + ramp * (ramp + 1) / 2 + (tokens - ramp) * window
 
 
-def experts_read(experts: int, active: int, tokens: int) -> float:
-    """Experts of a mixture that one step reads: E (1 - (1 - k/E)^B), if routing is even."""
-    if not 0 < active <= experts:
-        raise ValueError(f"active={active}: 1 to {experts} of {experts} experts can be active")
-    return experts * (1 - (1 - active / experts) ** tokens)
-
-
 def _seen(tokens: float, window: int | None) -> float:
     return tokens if window is None else min(tokens, window)

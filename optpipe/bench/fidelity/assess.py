@@ -29,7 +29,7 @@ from optpipe.bench.fidelity.gate import LENGTH, tier
 from optpipe.bench.fidelity.quality import NO_TEXT, Judged
 
 Entry = dict[str, Any]
-OWN = ("perplexity", "nll", "positions", "deterministic", "artifact_sha256")
+OWN = ("perplexity", "nll", "positions", "deterministic")
 PAIRED = ("kl_mean", "top1_agreement", "kl", "kl_topk_lower", "ppl_ratio", "delta_p", "top1_ci",
           "top5_overlap", "flips", "serious_flips", "greedy_prefix", "output_length", "floor",
           "excess", "tier")  # fmt: skip
@@ -70,13 +70,11 @@ def entry(name: str, judged: Judged, context: Context) -> Entry:
         "nll": nll if context.is_text else None,
         "positions": len(all_N.nll),
         "deterministic": judged.steady[name].repeats if name in judged.steady else None,
-        "artifact_sha256": judged.hashes.get(name),
         "failures": failures,
         "reasons": {} if context.is_text else dict.fromkeys(("perplexity", "nll"), NO_TEXT),
     }
-    why = judged.missing.get(name, "it was not asked")
-    unknown = [key for key in ("deterministic", "artifact_sha256") if own[key] is None]
-    own["reasons"] |= dict.fromkeys(unknown, why)
+    if own["deterministic"] is None:
+        own["reasons"]["deterministic"] = judged.missing.get(name, "it was not asked")
     if context.is_text and own["perplexity"] is None:
         own["reasons"]["perplexity"] = TOO_LARGE
     if context.unpaired:

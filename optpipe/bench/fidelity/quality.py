@@ -101,8 +101,6 @@ class Judged:
     """The tokens that end a text, as each arm's own files name them."""
     faults: dict[str, list[str]] = field(default_factory=dict)
     """What is wrong with an arm's files beside its weights."""
-    hashes: dict[str, str] = field(default_factory=dict)
-    """Of the content of each arm's files when it was judged."""
     expected: dict[tuple[str, Cell], str] = field(default_factory=dict)
     """Hash of what an arm answers to the prompts of a cell that is timed later."""
 

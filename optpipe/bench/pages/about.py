@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-from optpipe.bench.pages import curves
+from optpipe.bench.pages import curves, missing, served, tasks
 from optpipe.bench.pages.markup import (
     Safe,
     bullets,
@@ -20,8 +20,6 @@ from optpipe.bench.pages.markup import (
 )
 from optpipe.bench.pages.view import DASH, METRICS, Entry, interval, names, number, share, where
 
-MOST = 6
-"""Names in one field of a table; the others are counted."""
 CLASSES = {
     "memory_bandwidth_weights": "bandwidth, for weights",
     "memory_bandwidth_kv": "bandwidth, for the KV cache",
@@ -108,6 +106,23 @@ def _remedy_rows(name: str, found: Entry, called: Mapping[str, str]) -> Iterator
             )
 
 
+def servers(report: Entry) -> Iterator[Safe]:
+    """What came of requests that come by themselves; nothing where no scenario has a server."""
+    drawn = [
+        part
+        for title, rows in served.tables(report)
+        for part in (note(f"{title}."), table(served.HEADER, rows, title, "stack"))
+    ]
+    if drawn:
+        yield section("Under load", *drawn, note(served.READ))
+
+
+def evaluation(report: Entry) -> Iterator[Safe]:
+    """The user's tasks, where they were run."""
+    if rows := [*tasks.rows(report)]:
+        yield section("Tasks", note(tasks.READ), table(tasks.HEADER, rows, "tasks", "stack"))
+
+
 def drift(report: Entry, series: Sequence[Entry]) -> Safe:
     """Every iteration of every cell in the order of its blocks."""
     drawn = [
@@ -130,71 +145,12 @@ def drift(report: Entry, series: Sequence[Entry]) -> Safe:
     return section("Drift", note(read), tag("div", join(drawn), class_="grid"))
 
 
-def missing(report: Entry) -> Safe:
+def lacking(report: Entry) -> Safe:
     """Every reason in the report, and which numbers it explains."""
-    found: dict[str, list[Missing]] = {}
-    for one in reasons(report):
-        found.setdefault(one.why, []).append(one)
-    if not found:
-        return section("What is missing, and why", note("Nothing: every number was measured."))
-    artifacts, cells = len(report["artifacts"]), len(report["artifacts"][0]["cells"])
-    rows = [
-        (
-            why,
-            _some([METRICS.get(one.key, one.key) for one in of], 0, ""),
-            _some([one.artifact for one in of], artifacts, "all artifacts"),
-            _some([one.cell for one in of if one.cell], cells, "all cells") or DASH,
-        )
-        for why, of in found.items()
-    ]
-    header = ("reason", "numbers", "of", "in")
-    return section("What is missing, and why", table(header, rows, "missing values", "wrap stack"))
-
-
-class Missing(NamedTuple):
-    """One number that is not there; ``cell`` is empty where it belongs to no cell."""
-
-    artifact: str
-    cell: str
-    key: str
-    why: str
-
-
-def reasons(report: Entry) -> Iterator[Missing]:
-    """Everything with a reason; of ratios only those of a metric that was measured."""
-    for key, why in _reasons(report["run"], ("bench", "scenarios")):
-        yield Missing("the run", "", key, why)
-    for name, artifact in zip(names(report), report["artifacts"], strict=True):
-        for key, why in _reasons(artifact, ("cells", "stats")):
-            yield Missing(name, "", key, why)
-        for cell in artifact["cells"]:
-            at = f"{cell['scenario']} {cell['batch']} \u00d7 {cell['prompt_tokens']}"
-            for key, why in _reasons(cell, ("speedup",)):
-                yield Missing(name, at, key, why)
-            for key, speedup in cell["speedup"].items():
-                if speedup["ratio"] is None and cell.get(key) is not None:
-                    ratio = f"{METRICS.get(key, key)} \u00d7"
-                    yield Missing(name, at, ratio, speedup["reasons"]["ratio"])
-
-
-def _reasons(node: Any, without: Sequence[str]) -> Iterator[tuple[str, str]]:
-    if isinstance(node, list):
-        for item in node:
-            yield from _reasons(item, ())
-    elif isinstance(node, dict):
-        yield from (node.get("reasons") or {}).items()
-        for key, inner in node.items():
-            if key not in without and key != "reasons":
-                yield from _reasons(inner, ())
-
-
-def _some(found: Sequence[str], every: int, all_of_them: str) -> str:
-    """Different ones, at most ``MOST`` by name; in one word if it is ``every`` one of several."""
-    different = [*dict.fromkeys(found)]
-    if len(different) == every > 1:
-        return all_of_them
-    more = f" and {len(different) - MOST} more" if len(different) > MOST else ""
-    return ", ".join(different[:MOST]) + more
+    rows, title = missing.rows(report), "What is missing, and why"
+    if not rows:
+        return section(title, note("Nothing: every number was measured."))
+    return section(title, table(missing.HEADER, rows, "missing values", "wrap stack"))
 
 
 def machine(report: Entry) -> Safe:

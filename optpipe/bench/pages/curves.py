@@ -20,7 +20,7 @@ from optpipe.bench.pages.figure import (
     log_axis,
     number_points,
 )
-from optpipe.bench.pages.view import Entry, crossover, names
+from optpipe.bench.pages.view import Entry, names, slower_from
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -92,7 +92,7 @@ def scaling(report: Entry, scenario: str, title: str) -> str:
             base = artifact is report["artifacts"][0]
             axes.plot(*zip(*line, strict=True), marker="o", markersize=4, zorder=3 if base else 2,
                       color=INK if base else ACCENT, linewidth=2 if base else 1.2)  # fmt: skip
-            where = crossover(artifact, scenario)
+            where = slower_from(artifact, scenario)
             for batch, rate in line:
                 if batch == where:
                     axes.plot(batch, rate, "D", markersize=8, markerfacecolor="none", color=WARN)

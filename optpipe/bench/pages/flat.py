@@ -6,18 +6,22 @@ import csv
 from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
+from optpipe.bench.pages import tasks
+
 FROM_ARTIFACT = ("name", "stage", "format", "dtype", "device", "key", "bytes", "weight_bytes",
                  "load_s")  # fmt: skip
 FROM_QUALITY = ("perplexity", "kl_mean", "top1_agreement", "tier")
 FROM_CELL = ("scenario", "batch", "prompt_tokens", "new_tokens", "blocks", "ttft_s", "queue_s",
-             "prefill_s", "tpot_s", "e2e_s", "tokens_per_s", "goodput_per_s", "peak_bytes",
-             "cpu_s")  # fmt: skip
-SPEEDUPS = ("ttft_s", "tpot_s", "e2e_s", "tokens_per_s", "peak_bytes", "bytes")
+             "prefill_s", "tpot_s", "e2e_s", "tokens_per_s", "peak_bytes", "cpu_s", "device_s",
+             "host_gap_s", "arrivals", "rate_per_s", "goodput_per_s", "good_share", "failed",
+             "ttft_sched_s", "itl_max_s", "requests_per_s")  # fmt: skip
+SPEEDUPS = ("ttft_s", "tpot_s", "e2e_s", "tokens_per_s", "goodput_per_s", "peak_bytes", "bytes")
 Row = dict[str, Any]
 
 
 def rows(report: Mapping[str, Any]) -> Iterator[Row]:
     """What is missing is None, an empty field in CSV."""
+    measured = {key: None for artifact in report["artifacts"] for key in tasks.values(artifact)}
     for artifact in report["artifacts"]:
         for cell in artifact["cells"]:
             yield {
@@ -25,6 +29,8 @@ def rows(report: Mapping[str, Any]) -> Iterator[Row]:
                 **{key: artifact["quality"].get(key) for key in FROM_QUALITY},
                 **{key: cell.get(key) for key in FROM_CELL},
                 **_speedups(cell["speedup"]),
+                **measured,
+                **tasks.values(artifact),
             }
 
 

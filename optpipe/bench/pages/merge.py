@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from optpipe.bench.pages.publish import CELL, REPORT, publish, read
-from optpipe.bench.pages.tables import short
+from optpipe.bench.pages.view import short
 
 Entry = dict[str, Any]
 ONE_AFTER_THE_OTHER = (

@@ -20,13 +20,13 @@ from optpipe.bench.pages.view import (
     DASH,
     METRICS,
     Entry,
-    crossover,
     interval,
     is_reference,
     names,
     number,
     parent,
     share,
+    slower_from,
     where,
 )
 
@@ -222,7 +222,7 @@ def batches(report: Entry) -> Safe:
     if not drawn:
         return section("Batch scaling", note("No scenario of this run sweeps the batch size."))
     found = [
-        (name, scenario, number(crossover(artifact, scenario)), _no_crossover(artifact))
+        (name, scenario, number(slower_from(artifact, scenario)), _no_crossover(artifact))
         for name, artifact in zip(names(report), report["artifacts"], strict=True)
         for scenario in sweeps
         if artifact.get("crossover")
@@ -240,9 +240,7 @@ def batches(report: Entry) -> Safe:
 
 
 def _no_crossover(artifact: Entry) -> str:
-    given = artifact.get("crossover") or {}
-    entries = given if isinstance(given, list) else [given]
-    return "; ".join(entry["reason"] for entry in entries if entry.get("reason")) or DASH
+    return (artifact.get("crossover") or {}).get("reason") or DASH
 
 
 def judged(cell: Entry) -> Iterator[tuple[str, Entry]]:

@@ -11,6 +11,8 @@ from rich.table import Table
 
 from optpipe.bench.bottlenecks import bottleneck
 from optpipe.bench.fidelity import gate
+from optpipe.bench.pages import missing, served, tasks
+from optpipe.bench.pages.view import DASH, short
 
 Row = list[str]
 NONE = "-"
@@ -68,7 +70,11 @@ def markdown(report: Mapping[str, Any]) -> str:
     ]
     for title, rows in speed_tables(report):
         parts += [f"## {title}", _markdown_table(SPEED, rows)]
+    for title, rows in served.tables(report):
+        parts += [f"## Server, {title}", _markdown_table(served.HEADER, rows), served.READ]
     parts += [f"## {title}\n\n{text}" for title, text in _conclusions(report) if text]
+    if tasked := [*tasks.rows(report)]:
+        parts += ["## Tasks", _markdown_table(tasks.HEADER, tasked), tasks.READ]
     for title, rows in bottleneck.rows(report):
         parts += [f"## Bottlenecks, {title}", _markdown_table(bottleneck.HEADER, rows)]
     parts += ["## What was claimed, what is there", _markdown_table(SIZES, _size_rows(report))]
@@ -76,8 +82,10 @@ def markdown(report: Mapping[str, Any]) -> str:
     parts += [_markdown_table(gate.HEADER, gate.rows(report))]
     less = run["design"]["quality"]["reasons"]
     parts += [f"Less text than asked for: {less[k]}." for k in ("window", "windows") if k in less]
-    if reasons := [*_reasons(report)]:
-        parts += ["## What is missing, and why", "\n".join(f"- {line}" for line in reasons)]
+    if lacking := missing.rows(report):
+        lines = (f"- {keys} of {of}{f', {at}' if at != DASH else ''}: {why}"
+                 for why, keys, of, at in lacking)  # fmt: skip
+        parts += ["## What is missing, and why", "\n".join(lines)]
     parts += ["## What these numbers do not include", "\n".join(f"- {n}" for n in NOT_INCLUDED)]
     return "\n\n".join(parts) + "\n"
 
@@ -140,16 +148,6 @@ def _verdict(speedup: Mapping[str, Any]) -> str:
     return ", ".join(found) or NONE
 
 
-def short(artifact: Mapping[str, Any]) -> str:
-    """A baseline by its name, an artifact by the last of the stages that made it.
-
-    In the report of a sweep it has a label, since several jobs have the same stages.
-    """
-    if "label" in artifact:
-        return str(artifact["label"])
-    return f"+ {artifact['stage']}" if artifact["lineage"] else str(artifact["name"])
-
-
 def _size_rows(report: Mapping[str, Any]) -> list[Row]:
     return [
         [
@@ -175,30 +173,6 @@ def _fact(value: Any) -> str:
             return f"{min(numbers):g} to {max(numbers):g} ({len(numbers)} layers)"
         return "; ".join(f"{key} {_fact(inner)}" for key, inner in value.items())
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _reasons(report: Mapping[str, Any]) -> Iterator[str]:
-    """Every null of the tables with its reason, each reason once with all that lack a number."""
-    whose: dict[tuple[str, str], dict[str, dict[str, None]]] = {}
-    for artifact in report["artifacts"]:
-        name = short(artifact)
-        for reasons in (artifact["reasons"], artifact["quality"]["reasons"]):
-            for key in _grouped(reasons):
-                whose.setdefault(key, {}).setdefault(name, {})
-        for cell in artifact["cells"]:
-            where = f"{cell['scenario']} {cell['batch']} x {cell['prompt_tokens']}"
-            for key in _grouped(cell["reasons"]):
-                whose.setdefault(key, {}).setdefault(name, {})[where] = None
-    for (fields, why), arms in whose.items():
-        cells = dict.fromkeys(where for of in arms.values() for where in of)
-        of = "all" if len(arms) == len(report["artifacts"]) > 1 else ", ".join(arms)
-        yield f"{fields} of {'; '.join((of, *cells))}: {why}"
-
-
-def _grouped(reasons: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Each reason once, with all the fields it is given for."""
-    for why in dict.fromkeys(reasons.values()):
-        yield ", ".join(field for field, given in reasons.items() if given == why), why
 
 
 def _quality_line(about: Mapping[str, Any]) -> str:

@@ -6,14 +6,22 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from optpipe.bench.pages.tables import short
-
 Entry = Mapping[str, Any]
 DASH = "\u2013"
 """For what is not there."""
 METRICS = {"ttft_s": "TTFT", "queue_s": "queue", "prefill_s": "prefill", "tpot_s": "TPOT",
            "e2e_s": "end to end", "tokens_per_s": "tokens/s", "peak_bytes": "memory",
            "bytes": "size", "goodput_per_s": "goodput"}  # fmt: skip
+
+
+def short(artifact: Mapping[str, Any]) -> str:
+    """A baseline by its name, an artifact by the last of the stages that made it.
+
+    In the report of a sweep it has a label, since several jobs have the same stages.
+    """
+    if "label" in artifact:
+        return str(artifact["label"])
+    return f"+ {artifact['stage']}" if artifact["lineage"] else str(artifact["name"])
 
 
 def names(report: Entry) -> list[str]:
@@ -58,14 +66,11 @@ def parent(report: Entry, artifact: Entry) -> Entry | None:
     return next(made_from, None)
 
 
-def crossover(artifact: Entry, scenario: str) -> int | None:
-    """The batch size from which on an artifact is slower, if one was found."""
-    given = artifact.get("crossover") or []
-    for found in given if isinstance(given, list) else [given]:
-        if found["scenario"] == scenario:
-            batch: int | None = found["batch"]
-            return batch
-    return None
+def slower_from(artifact: Entry, scenario: str) -> int | None:
+    """The batch size of a scenario from which on an artifact is slower, if one was found."""
+    found = artifact.get("crossover") or {"scenario": None}
+    batch: int | None = found["batch"] if found["scenario"] == scenario else None
+    return batch
 
 
 def number(value: float | None, scale: float = 1, pattern: str | None = None) -> str:

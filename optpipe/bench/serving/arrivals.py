@@ -10,7 +10,6 @@ are equal tokens, and so stand for a shared prefix.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,30 +131,3 @@ def prompt_ids(row: Row, scale: Scale, vocab: int, seed: list[int]) -> Ints:
         for hash_id in row.hash_ids
     ]
     return np.concatenate(blocks)[: row.prompt_tokens]
-
-
-def synthetic_trace(requests: int = 48, seed: int = 0) -> Iterator[str]:
-    """The lines of the bundled ``trace.jsonl``: three conversations that share their system prompt.
-
-    Gaps are exponential, 400 ms on average. Every turn repeats the whole conversation before it
-    and adds 1 to 900 tokens; answers are lognormal around 120 tokens. A conversation of
-    more than 11 blocks (5632 tokens) begins anew.
-    """
-    rng = np.random.default_rng(seed)
-    now_ms, fresh = 0.0, 2
-    talks: list[tuple[int, list[int]]] = [(2 * BLOCK, [0, 1])] * 3
-    for _ in range(requests):
-        now_ms += rng.exponential(400)
-        which = int(rng.integers(len(talks)))
-        length, hashes = talks[which]
-        if length > 11 * BLOCK:
-            length, hashes = 2 * BLOCK, [0, 1]
-        kept = hashes[: length // BLOCK]  # the last one, if not full, now holds other tokens
-        length += int(rng.integers(1, 900))
-        new = -(-length // BLOCK) - len(kept)
-        hashes = [*kept, *range(fresh, fresh + new)]
-        fresh += new
-        talks[which] = (length, hashes)
-        answer = int(np.clip(np.rint(120 * np.exp(0.6 * rng.standard_normal())), 8, 512))
-        row = {"timestamp": round(now_ms), "input_length": length, "output_length": answer}
-        yield json.dumps({**row, "hash_ids": hashes})

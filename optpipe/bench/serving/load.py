@@ -143,10 +143,12 @@ def entry(
     objective, rate = asdict(scenario.serving.objective), found.rates.get(cell)
     values: dict[str, Any] = {"arrivals": scenario.serving.arrivals, "rate_per_s": rate}
     blocks = [sample.metrics for sample in samples if sample.served is not None]
-    for name in SERVED:
+    medians: dict[str, float | None] = {}
+    for name in (*SERVED, *(request.LATENCIES if blocks else ())):
         there = [value for of in blocks if (value := of[name]) is not None]
-        values[name] = median(there) if there else None
-    why = request.reasons({name: values[name] for name in SERVED})
+        medians[name] = median(there) if there else None
+    values |= {name: medians[name] for name in SERVED}
+    why = request.reasons(medians)
     if rate is None:
         why["rate_per_s"] = "it was not found" if cell not in found.rates else NO_RATE
     return {**values, "slo": objective}, why

@@ -13,6 +13,7 @@ count them in (as the per-token latency of the whole request) report up to twice
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -29,6 +30,8 @@ CLIENT_SHARE = 0.01
 """Most of the median TTFT that the sender may be late."""
 LITTLE = 0.02
 """Largest accepted error of Little's law."""
+NONE_ANSWERED = "no request was answered"
+HALF_FAILED = "half or more of the requests failed, so that their median is no time"
 Values = dict[str, float | None]
 
 
@@ -102,8 +105,8 @@ class Request:
 def metrics(requests: Sequence[Request], objective: Objective) -> Values:
     """Medians of the latencies, rates over the whole block, and how well it was sent.
 
-    Rates count from the first submission to the last token. ``good_share`` is of all requests,
-    failed ones included. ``dispatch_lag_s`` is the median.
+    A request that failed is later than any that was answered, and not good. Rates count from the
+    first submission to the end of the last request. ``dispatch_lag_s`` is the median.
     """
     values = pooled(requests)
     found: Values = {name: _median(values[name]) for name in (*LATENCIES, "itl_s")}
@@ -117,10 +120,15 @@ def metrics(requests: Sequence[Request], objective: Objective) -> Values:
 
 
 def pooled(requests: Sequence[Request]) -> dict[str, list[float]]:
-    """Every value there is of each latency, for percentiles; of ``itl_s`` one for each token."""
+    """Every value there is of each latency, for percentiles; infinite where the request failed.
+
+    Of ``itl_s`` one for each token that came, those of answers that were cut off included.
+    """
     each = [request.metrics() for request in requests]
-    found = {name: [v for one in each if (v := one[name]) is not None] for name in LATENCIES}
-    gaps = [gap for r in requests if r.error is None for gap in r.gaps]
+    failed = [math.inf for one in each if one["ttft_s"] is None]
+    known = {name: [v for one in each if (v := one[name]) is not None] for name in LATENCIES}
+    found = {name: of + failed if of else [] for name, of in known.items()}
+    gaps = [gap for request in requests for gap in request.gaps]
     return {**found, "itl_s": [value for value, count in gaps for _ in range(count)]}
 
 
@@ -132,8 +140,11 @@ def reasons(found: Values) -> dict[str, str]:
         "queue_s": "no request tells when work on it began",
     }
     why |= {"itl_s": why["tpot_s"], "itl_max_s": why["tpot_s"], "prefill_s": why["queue_s"]}
-    none = "no request was answered"
-    lost = found["ttft_sched_s"] is None
+    none = NONE_ANSWERED
+    if found["requests_per_s"] is not None and found["failed"]:
+        none = HALF_FAILED
+        why |= dict.fromkeys(LATENCIES, HALF_FAILED)
+    lost = found["requests_per_s"] is None
     return {k: none if lost else why.get(k, none) for k, v in found.items() if v is None}
 
 
@@ -174,10 +185,9 @@ def little(requests: Sequence[Request], events: Sequence[tuple[int, int]]) -> fl
 def _rates(
     done: Sequence[Request], requests: Sequence[Request], objective: Objective
 ) -> dict[str, float | None]:
-    if not done:
-        return {**dict.fromkeys(RATES), "goodput_per_s": None}
-    start = min(r.submit_ns for r in requests)
-    span_s = (max(r.end_ns for r in requests) - start) / 1e9
+    span_s = seconds(requests)
+    if not done:  # none of them was good; that is known, and so is how long it took
+        return {**dict.fromkeys(RATES), "goodput_per_s": 0.0 if span_s else None}
     new, given = sum(r.tokens for r in done), sum(r.prompt_tokens for r in done)
     return {
         "tokens_per_s": new / span_s,
@@ -186,6 +196,12 @@ def _rates(
         "steady_tokens_per_s": _steady(done),
         "goodput_per_s": sum(r.good(objective) for r in requests) / span_s,
     }
+
+
+def seconds(requests: Sequence[Request]) -> float:
+    """From the first submission to the end of the last request, be it answered or failed."""
+    start = min(r.submit_ns for r in requests)
+    return (max(r.end_ns for r in requests) - start) / 1e9
 
 
 def _steady(done: Sequence[Request]) -> float | None:
@@ -204,4 +220,6 @@ def _until(request: Request, at_ns: int) -> float:
 
 
 def _median(values: Sequence[float]) -> float | None:
-    return float(np.median(values)) if len(values) else None
+    """None where there is none, or where it is that of a request that failed."""
+    found = float(np.median(values)) if len(values) else math.inf
+    return found if math.isfinite(found) else None

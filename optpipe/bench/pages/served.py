@@ -1,0 +1,59 @@
+"""What a server did under load, as rows for report.md and report.html: one table a cell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from optpipe.bench.pages.view import interval, names, number
+
+HEADER = ("artifact", "good requests/s", "x [95 %]", "good", "TTFT ms", "p95", "queue ms",
+          "TPOT ms", "longest gap ms", "requests/s", "failed a block")  # fmt: skip
+READ = (
+    "A request is good if it was answered in full and kept every limit, TTFT counted from its "
+    "scheduled arrival; one that failed is not good, and later than any other. Medians over "
+    "blocks; x is the ratio of all good requests a second, its interval a bootstrap of blocks and "
+    "requests that needs 30 blocks. It has no verdict: none is promised beforehand for a server."
+)
+Report = Mapping[str, Any]
+
+
+def tables(report: Report) -> Iterator[tuple[str, list[list[str]]]]:
+    """The title and the rows of every cell that has a server."""
+    for index, cell in enumerate(report["artifacts"][0]["cells"]):
+        if cell.get("arrivals") is not None:
+            cells = [artifact["cells"][index] for artifact in report["artifacts"]]
+            rows = [[name, *_row(own)] for name, own in zip(names(report), cells, strict=True)]
+            yield _title(cell), rows
+
+
+def _title(cell: Report) -> str:
+    rate = f" at {cell['rate_per_s']:.3g} a second" if cell["rate_per_s"] else ""
+    slo = cell["slo"]
+    limits = [
+        f"{name.removesuffix('_s').upper()} {slo[name] * 1e3:g} ms"
+        for name in ("ttft_s", "tpot_s", "e2e_s")
+        if slo[name] is not None
+    ]
+    return (
+        f"{cell['scenario']}: {cell['arrivals']} arrivals{rate}, at most {cell['batch']} at once, "
+        f"up to {cell['prompt_tokens']} tokens in, {cell['new_tokens']} out; good within "
+        f"{', '.join(limits) or 'any time'}"
+    )
+
+
+def _row(cell: Report) -> list[str]:
+    goodput = cell["speedup"].get("goodput_per_s") or {"ratio": None, "ci": None}
+    scheduled = cell.get("percentiles", {}).get("ttft_sched_s") or {"p95": None}
+    return [
+        number(cell.get("goodput_per_s")),
+        interval(goodput),
+        number(cell.get("good_share"), 100, "{:.1f} %"),
+        number(cell.get("ttft_sched_s"), 1e3),
+        number(scheduled["p95"], 1e3),
+        number(cell["queue_s"], 1e3),
+        number(cell["tpot_s"], 1e3),
+        number(cell.get("itl_max_s"), 1e3),
+        number(cell.get("requests_per_s")),
+        number(cell.get("failed")),
+    ]

@@ -1,0 +1,62 @@
+"""Goodput against the baseline's: requests that kept every objective, a second, as a ratio.
+
+Whether a request was good says little by itself, so that the interval needs many blocks: it is a
+bootstrap of blocks and of the requests inside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from optpipe.bench.evidence.resampling import FEWEST_BLOCKS, hierarchical
+from optpipe.bench.serving.request import seconds
+from optpipe.bench.serving.serve import Served
+from optpipe.bench.timed.samples import Sample
+
+NONE_GOOD = "no request of {} kept the objective"
+RARELY_GOOD = "too few requests kept the objective for an interval"
+Floats = NDArray[np.float64]
+
+
+def ratio(base: Sequence[Sample], own: Sequence[Sample], seed: int) -> dict[str, Any]:
+    """Of sums over the blocks that both have: good requests by seconds, over the baseline's.
+
+    ``ci`` is null for fewer than thirty blocks. Failed requests are not good; their time counts.
+    """
+    before, after = _blocks(base), _blocks(own)
+    shared = [place for place in before if place in after]
+    if not shared:
+        return _nothing("no block that both have", "ratio", "ci")
+    pair = [_arrays([of[place] for place in shared]) for of in (before, after)]
+    for name, (good, _) in zip(("the baseline", "this arm"), pair, strict=True):
+        if not good.sum():
+            return _nothing(NONE_GOOD.format(name), "ratio", "ci")
+    (good, taken), (own_good, own_taken) = pair
+    value = float(own_good.sum() / own_taken.sum() / (good.sum() / taken.sum()))
+    if len(shared) < FEWEST_BLOCKS:
+        why = f"{len(shared)} paired blocks; a bootstrap needs {FEWEST_BLOCKS}"
+        return {**_nothing(why, "ci"), "ratio": value}
+    with np.errstate(divide="ignore", invalid="ignore"):  # a draw without a good request
+        low, high = np.exp(hierarchical((good, own_good), (taken, own_taken), seed))
+    if not np.isfinite([low, high]).all() or low <= 0:
+        return {**_nothing(RARELY_GOOD, "ci"), "ratio": value}
+    return {"ratio": value, "ci": [float(low), float(high)], "reasons": {}}
+
+
+def _blocks(samples: Sequence[Sample]) -> Mapping[tuple[int, int, int], Served]:
+    return {(s.session, s.block, s.iteration): s.served for s in samples if s.served is not None}
+
+
+def _arrays(blocks: Sequence[Served]) -> tuple[Floats, Floats]:
+    """(blocks, requests): 1 where it was good, and its equal share of the seconds of its block."""
+    good = np.array([[r.good(of.objective) for r in of.requests] for of in blocks], dtype=float)
+    taken = np.array([seconds(of.requests) for of in blocks]) / good.shape[1]
+    return good, np.repeat(taken[:, None], good.shape[1], axis=1)
+
+
+def _nothing(why: str, *keys: str) -> dict[str, Any]:
+    return {**dict.fromkeys(keys), "reasons": dict.fromkeys(keys, why)}

@@ -1,0 +1,80 @@
+"""Goodput as a ratio: planted shares of good requests, failures, and what has no interval."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from optpipe.bench.cells import _percentiles
+from optpipe.bench.scenario import Objective
+from optpipe.bench.serving import goodput
+from optpipe.bench.serving.request import Request, pooled
+
+MS = 1_000_000
+WITHIN = Objective(ttft_s=0.1, tpot_s=None)
+
+
+def answered(at_ms, ttft_ms, error=None):
+    """One token after ``ttft_ms``; with an error none."""
+    chunks = () if error else ((int((at_ms + ttft_ms) * MS), 1),)
+    return Request(
+        sched_ns=at_ms * MS, submit_ns=at_ms * MS, start_ns=at_ms * MS, chunks=chunks,
+        end_ns=int((at_ms + ttft_ms) * MS), prompt_tokens=1, new_tokens=1, error=error,
+    )  # fmt: skip
+
+
+def blocks(share_good, count, seed, requests=20, error=None):
+    """Samples of ``count`` blocks of ten seconds; good with a chance, else late or failed."""
+    rng = np.random.default_rng(seed)
+    return [
+        SimpleNamespace(session=0, block=n, iteration=0, served=SimpleNamespace(
+            objective=WITHIN,
+            requests=[
+                answered(500 * i, *((10,) if rng.random() < share_good else (150, error)))
+                for i in range(requests)
+            ],
+        ))
+        for n in range(count)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("error", [None, "refused"])
+def test_a_planted_ratio_is_covered_whether_bad_requests_are_late_or_failed(error):
+    covered = 0
+    for seed in range(12):
+        base, own = blocks(0.9, 30, seed), blocks(0.6, 30, 100 + seed, error=error)
+        found = goodput.ratio(base, own, seed)
+        assert found["ratio"] == pytest.approx(0.6 / 0.9, rel=0.15)
+        covered += found["ci"][0] <= 0.6 / 0.9 <= found["ci"][1]
+    assert covered >= 10
+
+
+def test_the_estimate_is_good_requests_over_seconds():
+    base, own = blocks(1.0, 2, 0), blocks(1.0, 2, 0)
+    own[0].served.requests = [*own[0].served.requests[:19], answered(9500, 150)]
+    found = goodput.ratio(base, own, 0)
+    one, late = 9.51, 9.65  # seconds of a block whose last request is good, and late
+    assert found["ratio"] == pytest.approx((39 / (one + late)) / (40 / (2 * one)))
+    assert found["ci"] is None and found["reasons"]["ci"].startswith("2 paired blocks; a bootstrap")
+
+
+def test_what_has_no_ratio_says_why():
+    base, none = blocks(1.0, 30, 0), blocks(0.0, 30, 0)
+    assert goodput.ratio(base, none, 0)["reasons"]["ratio"] == (
+        "no request of this arm kept the objective"
+    )
+    assert goodput.ratio(base, [], 0)["reasons"]["ratio"] == "no block that both have"
+    rare = blocks(0.0, 30, 0)
+    rare[3].served.requests[5] = answered(2500, 10)
+    found = goodput.ratio(base, rare, 0)
+    assert 0 < found["ratio"] < 0.01 and found["reasons"]["ci"].startswith("too few requests")
+
+
+def test_failed_requests_are_later_than_any_percentile_that_is_given():
+    log = [answered(500 * i, 1 + i / 10) for i in range(970)]
+    log += [answered(500 * i, 1, "refused") for i in range(970, 1000)]
+    found = _percentiles(pooled(log)["ttft_s"], "")
+    assert found["samples"] == 1000 and found["p50"] == pytest.approx(0.001 + 0.0499, rel=0.01)
+    assert found["p95"] == pytest.approx(0.001 + 0.0949, rel=0.01), "not the 95 % of the answered"
+    assert found["p99"] is None and "p99" not in found["ci"]
+    assert found["reasons"]["p99"] == "30 of 1000 requests failed: nothing bounds it"

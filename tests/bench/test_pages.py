@@ -1,0 +1,87 @@
+"""What a server did and what the user's tasks said, in every kind of report."""
+
+import csv
+import io
+
+import pytest
+import reports
+
+from optpipe.bench.pages import flat, html, schema, served, tables, tasks
+from optpipe.evaluate import mcnemar
+
+
+def under_load(found):
+    """The last cell of every artifact becomes that of a server."""
+    for number, artifact in enumerate(found["artifacts"]):
+        cell = artifact["cells"][-1]
+        cell |= {
+            "scenario": "server", "arrivals": "poisson", "rate_per_s": 12.5,
+            "slo": {"ttft_s": 0.5, "tpot_s": 0.05, "e2e_s": None, "share": 0.9},
+            "goodput_per_s": 11.25 + number, "good_share": 0.875, "failed": 2.0,
+            "ttft_sched_s": 0.125, "itl_max_s": 0.0625, "requests_per_s": 12.0,
+        }  # fmt: skip
+        cell["speedup"]["goodput_per_s"] = reports.interval(1.0 + number / 10) | {
+            "verdict": None, "reason": "a secondary metric: an interval, no verdict",
+        }  # fmt: skip
+        cell["percentiles"] = {"ttft_sched_s": {
+            "p50": 0.1, "p95": 0.1875, "p99": None, "reasons": {"p99": "2 of 96 requests failed"},
+        }}  # fmt: skip
+    return found
+
+
+def evaluated(found):
+    for artifact in found["artifacts"]:
+        told = {"metrics": {"acc": {"value": 0.75, "stderr": 0.0217, "reasons": {}}},
+                "documents": 400, "correct": [1.0] * 300}  # fmt: skip
+        change = {"became_right": 4, "became_wrong": 14, "mcnemar_p": mcnemar(4, 14)}
+        artifact["evaluation"] = {
+            "tasks": {"next_line": told}, "changes": {"next_line": change}, "reasons": {},
+        }  # fmt: skip
+    return found
+
+
+@pytest.fixture
+def report():
+    return evaluated(under_load(reports.report()))
+
+
+def test_the_report_with_a_server_and_tasks_keeps_the_schema(report):
+    schema.check(report)
+
+
+def test_every_number_of_a_server_is_in_the_text_and_on_the_page(report):
+    ((title, rows),) = served.tables(report)
+    assert "poisson arrivals at 12.5 a second" in title and "TTFT 500 ms, TPOT 50 ms" in title
+    assert len(rows) == len(report["artifacts"])
+    assert rows[1][1:8] == [
+        "12.2", "1.10\u00d7 [1.04, 1.17]", "87.5 %", "125", "188", "0.500", "\u2013",
+    ]  # fmt: skip
+    assert rows[1][8:] == ["62.5", "12.0", "2.00"]
+    text, page = tables.markdown(report), html.page(report, [])
+    for there in (title, *rows[1][:4]):
+        assert there in text and there in page
+    assert "needs 30 blocks" in text and "needs 30 blocks" in page
+
+
+def test_a_run_without_a_server_or_tasks_has_no_such_section():
+    plain = reports.report()
+    text, page = tables.markdown(plain), html.page(plain, [])
+    assert not [*served.tables(plain)] and not [*tasks.rows(plain)]
+    assert "Server," not in text and "Under load" not in page and "Tasks" not in text
+
+
+def test_tasks_show_flips_and_their_test(report):
+    rows = [*tasks.rows(report)]
+    assert rows[1][1:] == ["next_line", "acc", "0.7500", "0.0217", "400", "4", "14", "0.031"]
+    text, page = tables.markdown(report), html.page(report, [])
+    assert "| next_line | acc | 0.7500 |" in text and "became wrong" in page
+
+
+def test_a_spreadsheet_has_both(report):
+    stream = io.StringIO()
+    flat.write(report, stream)
+    rows = [*csv.DictReader(io.StringIO(stream.getvalue()))]
+    first, last = rows[0], rows[len(reports.CELLS) - 1]
+    assert last["goodput_per_s"] == "11.25" and last["goodput_per_s_speedup"] == "1.0"
+    assert last["failed"] == "2.0" and first["failed"] == ""
+    assert {row["next_line.acc"] for row in rows} == {"0.75"}
