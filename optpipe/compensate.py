@@ -46,27 +46,32 @@ def inverse_factor(gram_CC: Tensor, damp: float) -> Tensor:
     diagonal = damped.diagonal()
     diagonal += damp * diagonal.mean()
     diagonal[diagonal == 0] = 1.0  # no input ever, and no damping: any positive number will do
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    # H = V V^T with V upper: the Cholesky factor of H read backwards. Then U = V^-1.
+    upper = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
+    identity = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
+    factor: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
     return factor
 
 
 def compensate(weight_RC: Tensor, factor_CC: Tensor, projection: Projection) -> Tensor:
     """``weight_RC`` with every column fixed, float64."""
-    work = weight_RC.to(torch.float64, copy=True)  # the columns that are left move
-    cols, width = work.shape[1], projection.width
+    work_CR = weight_RC.T.to(torch.float64, memory_format=torch.contiguous_format, copy=True)
+    cols, width = (
+        len(work_CR),
+        projection.width,
+    )  # transposed: a column is contiguous, and 3x faster
     block = max(BLOCK - BLOCK % width, width)  # what is decided together lies in one block
     for start in range(0, cols, block):
         stop = min(start + block, cols)
-        errors = torch.zeros_like(work[:, start:stop])
+        errors = torch.zeros_like(work_CR[start:stop])
         for j in range(start, stop):
             if j % width == 0:
                 ahead = slice(j, min(j + width, cols))
-                projection.decide(work[:, ahead], factor_CC.diagonal()[ahead], j)
-            fixed = projection.column(work[:, j], j)
-            error = (work[:, j] - fixed) / factor_CC[j, j]
-            work[:, j] = fixed
-            work[:, j + 1 : stop] -= error[:, None] * factor_CC[j, j + 1 : stop]
-            errors[:, j - start] = error
-        work[:, stop:] -= errors @ factor_CC[start:stop, stop:]
-    return work
+                projection.decide(work_CR[ahead].T, factor_CC.diagonal()[ahead], j)
+            fixed = projection.column(work_CR[j], j)
+            error = (work_CR[j] - fixed) / factor_CC[j, j]
+            work_CR[j] = fixed
+            work_CR[j + 1 : stop].addr_(factor_CC[j, j + 1 : stop], error, alpha=-1)
+            errors[j - start] = error
+        work_CR[stop:].addmm_(factor_CC[start:stop, stop:].T, errors, alpha=-1)
+    return work_CR.T
