@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,26 +12,49 @@ from typing import Any
 
 import psutil
 
+from optpipe.bench import nvml
+
 PACKAGES = ("optpipe", "torch", "transformers", "onnx", "onnxruntime", "onnxruntime-gpu", "numpy",
             "tokenizers", "hydra-core", "nvidia-modelopt")  # fmt: skip
 STATUS = Path("/proc/self/status")
 CGROUP = Path("/sys/fs/cgroup")
+FREQUENCY = Path("/sys/devices/system/cpu/cpu0/cpufreq")
+VARIABLES = ("OMP_", "KMP_", "MKL_", "OPENBLAS_", "GOMP_", "ORT_", "CUDA_", "NVIDIA_", "PYTORCH_",
+             "TORCH_", "MALLOC_", "LD_PRELOAD")  # fmt: skip
+"""Beginnings of environment variables that can change a measurement."""
 
 
 def describe() -> dict[str, Any]:
-    """CPU, memory, system and load, as far as the system tells; what it does not is null."""
-    cpu = _field(Path("/proc/cpuinfo"), "model name") or platform.processor() or None
+    """CPU, GPUs, memory, system and load, as far as the system tells; what it does not is null."""
+    known = {
+        "cpu": _field(Path("/proc/cpuinfo"), "model name") or platform.processor() or None,
+        "governor": _line(FREQUENCY / "scaling_governor"),
+        "max_mhz": _thousandth(_line(FREQUENCY / "cpuinfo_max_freq")),
+        "container_cores": _container_cores(),
+        "container_bytes": _limit("memory.max"),
+        "git": _revision(),
+    }
+    why = {
+        "cpu": "the system does not name it",
+        "governor": "the system does not tell how the clock is governed",
+        "max_mhz": "the system does not tell how fast the clock may be",
+        "container_cores": "no limit on CPU time in /sys/fs/cgroup",
+        "container_bytes": "no limit on memory in /sys/fs/cgroup",
+        "git": "optpipe does not run from a checkout of its own",
+    }
     return {
-        "cpu": cpu,
+        **known,
         "cores": os.cpu_count(),
         "cores_usable": usable_cores(),
         "isa": _isa(),
         "memory_bytes": psutil.virtual_memory().total,
         "memory_available_bytes": available_bytes(),
+        "gpus": nvml.gpus(),
         "os": platform.platform(),
         "python": platform.python_version(),
         "load": list(psutil.getloadavg()),
-        "reasons": {} if cpu else {"cpu": "the system does not name it"},
+        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(VARIABLES)},
+        "reasons": {key: reason for key, reason in why.items() if known[key] is None},
     }
 
 
@@ -68,10 +92,48 @@ def peak_bytes() -> int:
 
 def _container_bytes() -> int | None:
     """What the limit of a container (cgroup v2) leaves; None if there is no limit."""
-    limit, used = CGROUP / "memory.max", CGROUP / "memory.current"
-    if not (limit.is_file() and used.is_file()) or not limit.read_text().strip().isdigit():
+    limit, used = _limit("memory.max"), _limit("memory.current")
+    return None if limit is None or used is None else limit - used
+
+
+def _container_cores() -> float | None:
+    """CPU time a second that a container may take; None if there is no limit."""
+    quota, _, period = (_line(CGROUP / "cpu.max") or "max").partition(" ")
+    return None if quota == "max" else int(quota) / int(period)
+
+
+def _limit(name: str) -> int | None:
+    found = _line(CGROUP / name)
+    return int(found) if found is not None and found.isdigit() else None
+
+
+def _thousandth(number: str | None) -> float | None:
+    return None if number is None else int(number) / 1e3
+
+
+def _line(file: Path) -> str | None:
+    """The content of a file of one line; None if it is not there or may not be read."""
+    try:
+        return file.read_text().strip()
+    except OSError:
         return None
-    return int(limit.read_text()) - int(used.read_text())
+
+
+def _revision() -> str | None:
+    """The commit of optpipe's own checkout, with a + if files differ from it."""
+    here = Path(__file__).resolve().parents[2]
+    if not (here / ".git").exists():
+        return None
+    commit, changes = (_git(here, "rev-parse", "HEAD"), _git(here, "status", "--porcelain", "-uno"))
+    return None if commit is None else commit + ("+" if changes else "")
+
+
+def _git(folder: Path, *command: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", folder, *command], capture_output=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.decode().strip() if done.returncode == 0 else None
 
 
 def _isa() -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from optpipe.artifact import Artifact
-from optpipe.bench import machine, report
+from optpipe.bench import machine, preflight, report
 from optpipe.bench.bottlenecks import bottleneck
 from optpipe.bench.bottlenecks.physics import survey
 from optpipe.bench.fidelity import gate, quality
@@ -66,6 +66,7 @@ def run(
         "threads": bench.thread_count,
         "versions": machine.versions(),
         "machine": host,
+        "preflight": preflight.checks(host, outcome),
         "bench": asdict(bench),
         "scenarios": {name: asdict(scenario) for name, scenario in scenarios.items()},
     }

@@ -156,8 +156,10 @@ def lacking(report: Entry) -> Safe:
 def machine(report: Entry) -> Safe:
     """Where it was measured, with what, and how fine the instrument is."""
     run = report["run"]
-    about = {key: value for key, value in run["machine"].items() if key != "reasons"}
-    facts = [(key.replace("_", " "), _fact(key, value)) for key, value in about.items()]
+    host = {key: value for key, value in run["machine"].items() if key != "gpus"}
+    gpus = [
+        table(("GPU", ""), _facts(gpu), "GPU", "wrap") for gpu in run["machine"].get("gpus", ())
+    ]
     versions = [(name, version) for name, version in run["versions"].items()]
     design = run["design"]
     lines = [f"Timing: {design['timing']}.", f"Intervals: {design['interval']}."]
@@ -168,12 +170,31 @@ def machine(report: Entry) -> Safe:
     return section(
         "Machine, versions, instrument",
         bullets(lines),
+        *([details("Before it began", table(CHECKS, _checks(run), "preflight", "wrap"))]
+          if run.get("preflight") else []),
         *_resolution(design.get("resolution") or ()),
         tag("div", join([
-            table(("machine", ""), facts, "machine", "wrap"),
+            table(("machine", ""), _facts(host), "machine", "wrap"),
+            *gpus,
             table(("package", "version"), versions, "versions", "wrap"),
         ]), class_="grid"),
     )  # fmt: skip
+
+
+CHECKS = ("check", "found", "wanted", "passed")
+
+
+def _checks(run: Entry) -> list[tuple[str, ...]]:
+    """What was looked at before anything was measured."""
+    return [
+        (one["check"], one["found"], one["wanted"], "yes" if one["passed"] else "no")
+        for one in run["preflight"]
+    ]
+
+
+def _facts(about: Mapping[str, Any]) -> list[tuple[str, str]]:
+    told = {key: value for key, value in about.items() if key != "reasons"}
+    return [(key.replace("_", " "), _fact(key, value)) for key, value in told.items()]
 
 
 def _resolution(cells: Sequence[Entry]) -> Iterator[Safe]:
@@ -197,6 +218,8 @@ def _fact(key: str, value: Any) -> str:
         return DASH
     if key.endswith("_bytes"):
         return f"{value / 1e9:.1f} GB"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}={inner}" for name, inner in value.items()) or "nothing set"
     if isinstance(value, list):
         return ", ".join(f"{item:.2f}" if isinstance(item, float) else str(item) for item in value)
     return str(value)

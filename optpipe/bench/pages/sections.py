@@ -51,7 +51,12 @@ def top(report: Entry, title: str) -> Safe:
         tag("div", tag("strong", "Not all of this run is valid.") + bullets(invalid),
             class_="alarm", role="alert")
     ] if (invalid := run.get("invalid_reasons")) else []  # fmt: skip
-    return tag("header", join([tag("h1", title), tag("p", facts, class_="facts"), *bad]))
+    warned = [
+        note(f"Before it began: {one['check']}: {one['found']}; wanted: {one['wanted']}.")
+        for one in run.get("preflight", ())
+        if not one["passed"]
+    ]
+    return tag("header", join([tag("h1", title), tag("p", facts, class_="facts"), *bad, *warned]))
 
 
 def headline(report: Entry) -> Safe:

@@ -95,6 +95,12 @@ def _conclusions(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     design = report["run"]["design"]
     advice = (f"- {r['scenario']}: {r['artifact']} ({r['why']})" for r in report["recommendation"])
     yield "Recommendation", "\n".join(advice)
+    warned = (
+        f"- {one['check']}: {one['found']}; wanted: {one['wanted']}"
+        for one in report["run"].get("preflight", ())
+        if not one["passed"]
+    )
+    yield "What was not as it should be before it began", "\n".join(warned)
     yield "What this run can resolve", "\n".join(_resolution_lines(design))
     invalid = (f"- {why}" for why in report["run"]["invalid_reasons"])
     yield "What is INVALID, and why", "\n".join(invalid)

@@ -1,0 +1,120 @@
+"""What the NVIDIA driver tells of its GPUs, through NVML: no package, no CUDA context.
+
+Names and units are those of nvml.h; what a GPU does not tell is None.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from ctypes import byref, c_uint, c_ulonglong, c_void_p, create_string_buffer
+from typing import Any
+
+LIBRARY = "libnvidia-ml.so.1"
+OK, TOO_SMALL = 0, 7
+SM, MEMORY = 1, 2
+"""nvmlClockType_t."""
+LENGTH = 96
+MOST_PROCESSES = 64
+SLOWED = {0x8: "hardware slowdown", 0x20: "thermal, software", 0x40: "thermal, hardware",
+          0x80: "power brake"}  # fmt: skip
+"""Bits of nvmlClocksThrottleReasons under which a clock is lower than the work would have it."""
+CAPPED = {0x1: "idle", 0x2: "application clocks", 0x4: "power cap", 0x10: "sync boost",
+          0x100: "display clocks"}  # fmt: skip
+"""Bits that are part of normal use."""
+Facts = dict[str, Any]
+
+
+class _Memory(ctypes.Structure):
+    _fields_ = [("total", c_ulonglong), ("free", c_ulonglong), ("used", c_ulonglong)]
+
+
+class _Process(ctypes.Structure):
+    _fields_ = [("pid", c_uint), ("used", c_ulonglong), ("gpu", c_uint), ("compute", c_uint)]
+
+
+def gpus() -> list[Facts]:
+    """One entry a GPU; none where there is no NVIDIA driver."""
+    try:
+        library = ctypes.CDLL(LIBRARY)
+    except OSError:
+        return []
+    if library.nvmlInit_v2() != OK:
+        return []
+    try:
+        return [*read(library)]
+    finally:
+        library.nvmlShutdown()
+
+
+def read(library: Any) -> Iterator[Facts]:
+    """Clocks in MHz, power in W, memory in bytes, temperature in degrees Celsius."""
+    driver = create_string_buffer(LENGTH)
+    told = library.nvmlSystemGetDriverVersion(driver, LENGTH) == OK
+    for index in range(_number(library.nvmlDeviceGetCount_v2) or 0):
+        handle = c_void_p()
+        if library.nvmlDeviceGetHandleByIndex_v2(index, byref(handle)) != OK:
+            continue
+        found = {"driver": driver.value.decode() if told else None, **_device(library, handle)}
+        nulls = [key for key, value in found.items() if value is None]
+        yield {**found, "reasons": dict.fromkeys(nulls, "the driver does not tell")}
+
+
+def _device(library: Any, handle: c_void_p) -> Facts:
+    def clock(call: Any, which: int) -> int | None:
+        return _number(call, handle, which)
+
+    power, limit = (
+        _number(call, handle)
+        for call in (library.nvmlDeviceGetPowerUsage, library.nvmlDeviceGetEnforcedPowerLimit)
+    )
+    memory = _Memory()
+    known = library.nvmlDeviceGetMemoryInfo(handle, byref(memory)) == OK
+    return {
+        "name": _text(library.nvmlDeviceGetName, handle),
+        "uuid": _text(library.nvmlDeviceGetUUID, handle),
+        "vbios": _text(library.nvmlDeviceGetVbiosVersion, handle),
+        "sm_mhz": clock(library.nvmlDeviceGetClockInfo, SM),
+        "sm_max_mhz": clock(library.nvmlDeviceGetMaxClockInfo, SM),
+        "memory_mhz": clock(library.nvmlDeviceGetClockInfo, MEMORY),
+        "memory_max_mhz": clock(library.nvmlDeviceGetMaxClockInfo, MEMORY),
+        "power_w": None if power is None else power / 1e3,
+        "power_limit_w": None if limit is None else limit / 1e3,
+        "temperature_c": _number(library.nvmlDeviceGetTemperature, handle, 0),
+        "ecc": _mode(library.nvmlDeviceGetEccMode, handle),
+        "mig": _mode(library.nvmlDeviceGetMigMode, handle),
+        "clocks_limited_by": _limits(library, handle),
+        "memory_bytes": memory.total if known else None,
+        "memory_used_bytes": memory.used if known else None,
+        "processes": _processes(library, handle),
+    }
+
+
+def _limits(library: Any, handle: c_void_p) -> list[str] | None:
+    bits = c_ulonglong()
+    if library.nvmlDeviceGetCurrentClocksThrottleReasons(handle, byref(bits)) != OK:
+        return None
+    return [name for bit, name in {**SLOWED, **CAPPED}.items() if bits.value & bit]
+
+
+def _processes(library: Any, handle: c_void_p) -> list[int] | None:
+    """Process ids as the driver counts them, which a container may count otherwise."""
+    count, found = c_uint(MOST_PROCESSES), (_Process * MOST_PROCESSES)()
+    code = library.nvmlDeviceGetComputeRunningProcesses_v3(handle, byref(count), found)
+    return [int(one.pid) for one in found[: count.value]] if code in (OK, TOO_SMALL) else None
+
+
+def _number(call: Any, *given: Any) -> int | None:
+    value = c_uint()
+    return int(value.value) if call(*given, byref(value)) == OK else None
+
+
+def _mode(call: Any, handle: c_void_p) -> bool | None:
+    """Of a setting that has a current and a pending state."""
+    now, pending = c_uint(), c_uint()
+    return bool(now.value) if call(handle, byref(now), byref(pending)) == OK else None
+
+
+def _text(call: Any, handle: c_void_p) -> str | None:
+    buffer = create_string_buffer(LENGTH)
+    return buffer.value.decode() if call(handle, buffer, LENGTH) == OK else None
