@@ -150,6 +150,10 @@ class Gram:
     def mean_CC(self) -> Tensor:
         return self._sum_CC / self.count
 
+    @property
+    def norm_C(self) -> Tensor:
+        return self._sum_CC.diagonal().sqrt()
+
 
 Statistic = Squares | Gram
 

@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from optpipe.leastsquares import damped
+
 BLOCK = 128
 """Columns whose updates to all later ones are applied at once: the same result, in fewer passes."""
 
@@ -42,12 +44,8 @@ def check_damp(damp: float) -> None:
 
 def inverse_factor(gram_CC: Tensor, damp: float) -> Tensor:
     """Upper Cholesky factor U of (H + damp * mean(diag H))^-1, U^T U, float64 (C, C)."""
-    damped = gram_CC.clone()
-    diagonal = damped.diagonal()
-    diagonal += damp * diagonal.mean()
-    diagonal[diagonal == 0] = 1.0  # no input ever, and no damping: any positive number will do
     # H = V V^T with V upper: the Cholesky factor of H read backwards. Then U = V^-1.
-    upper = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
+    upper = torch.linalg.cholesky(damped(gram_CC, damp).flip(0, 1)).flip(0, 1)
     identity = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
     factor: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
     return factor

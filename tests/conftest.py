@@ -1,7 +1,10 @@
 """Causal LMs small enough to optimize in a second: random weights of every family, no download."""
 
 import os
+import sys
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent))  # for layers.py
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin starve a shared machine
 os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -1,4 +1,8 @@
-"""Wanda: drop weights by |weight| x norm of their input (Sun et al. 2023, arXiv:2306.11695)."""
+"""Wanda: drop weights by |weight| x norm of their input (Sun et al. 2023, arXiv:2306.11695).
+
+With ``refit`` the weights that stay are then solved for, the light version of ADMM (ALPS,
+arXiv:2406.07831).
+"""
 
 from __future__ import annotations
 
@@ -6,21 +10,36 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from optpipe.calibrate import Calib, Observation, Squares
+from optpipe.calibrate import Calib, Gram, Observation, Squares
 from optpipe.checkpoint import Checkpoint
+from optpipe.compensate import check_damp
+from optpipe.leastsquares import damped, refit
 from optpipe.prune.mask import Prune
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wanda(Prune):
-    """Compares the weights of one output with each other; kept weights do not change."""
+    """Compares the weights of one output with each other."""
 
+    refit: bool = False
+    """Solve for the kept weights by least squares; else they do not change."""
+    damp: float = 0.01
+    """Of a refit: added to the diagonal of H, in units of its mean."""
     calib: Calib = field(default_factory=Calib)
 
-    def pruned(self, weight_RC: Tensor, statistic: Squares) -> tuple[Tensor, Tensor]:
-        return self.without_lowest(weight_RC, self.score(weight_RC, statistic))
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_damp(self.damp)
 
-    def score(self, weight_RC: Tensor, statistic: Squares) -> Tensor:
+    def pruned(self, weight_RC: Tensor, statistic: Squares | Gram) -> tuple[Tensor, Tensor]:
+        weight, mask = self.without_lowest(weight_RC, self.score(weight_RC, statistic))
+        if self.refit:
+            assert isinstance(statistic, Gram)
+            gram_CC = damped(statistic.mean_CC, self.damp)
+            weight = refit(mask, gram_CC, weight_RC.double() @ gram_CC).to(weight.dtype)
+        return weight, mask
+
+    def score(self, weight_RC: Tensor, statistic: Squares | Gram) -> Tensor:
         """Eq. 1 of the paper."""
         return weight_RC.abs() * statistic.norm_C.to(weight_RC.dtype)
 
@@ -28,4 +47,4 @@ class Wanda(Prune):
         return self.calib.inputs(model)
 
     def observation(self, checkpoint: Checkpoint, wanted: frozenset[str]) -> Observation:
-        return self.calib.observe(checkpoint, wanted, Squares)
+        return self.calib.observe(checkpoint, wanted, Gram if self.refit else Squares)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from layers import Layer
 
 from optpipe.calibrate import Squares
 from optpipe.prune.magnitude import Magnitude
@@ -69,3 +70,13 @@ def test_magnitude_and_wanda_differ(run, tiny):
     a, b = (run(s, tiny()).path for s in (Magnitude(), Wanda(calib=run.calib)))
     name = "model.layers.1.mlp.down_proj.mask"
     assert not torch.equal(Checkpoint(a).get(name), Checkpoint(b).get(name))
+
+
+@pytest.mark.parametrize("kind", ["white", "correlated", "outliers"])
+def test_a_refit_keeps_the_mask_and_is_never_worse(kind):
+    for seed in range(4):
+        layer = Layer(kind, seed)
+        plain, mask = Wanda().pruned(layer.weight, layer.gram)
+        refitted, same = Wanda(refit=True).pruned(layer.weight, layer.gram)
+        assert torch.equal(mask, same) and not refitted[~mask].any()
+        assert layer.error(refitted, 0.01) < layer.error(plain, 0.01)
