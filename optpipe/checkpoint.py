@@ -180,8 +180,12 @@ class Writer:
         self.total += sum(t.numel() * t.element_size() for t in tensors.values())
 
     def close(self, forms: Layers) -> None:
-        copy_side_files(self.source.path, self.out)
         _dump(self.out / FORMS, {name: asdict(form) for name, form in forms.items()})
+        self.seal()
+
+    def seal(self) -> None:
+        """Config, tokenizer and index, as in a folder of Hugging Face's own."""
+        copy_side_files(self.source.path, self.out)
         index = {"metadata": {"total_size": self.total}, "weight_map": self.weight_map}
         _dump(self.out / INDEX, index)
 

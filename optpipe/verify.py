@@ -26,6 +26,7 @@ from optpipe.blockwise import final_logits
 from optpipe.build.ort import exact_twin
 from optpipe.checkpoint import Checkpoint
 from optpipe.errors import GateError
+from optpipe.export.readback import READERS, read_back
 from optpipe.linear import Layers, departure, mask_of, weight_of
 from optpipe.prune.mask import ROW, follows
 
@@ -75,6 +76,8 @@ def verify(artifact: Artifact, reference: Artifact, planned: Layers | None) -> S
     # it computes what its torch model does, so it has the zeros and the ranks of that one
     same = reference.stats.get("verified", {})
     facts = {key: same[key] for key in ("sparsity", "ranks") if key in same}
+    if artifact.format in READERS:
+        return {**facts, "read_back": read_back(artifact, reference)}
     if not artifact.stats.get("int8_activations"):
         return {**facts, "parity": asdict(parity(artifact, reference))}
     beside = artifact.path.parent  # on the same disk

@@ -1,0 +1,61 @@
+"""Checkpoints for other runtimes, read back: do they hold the very weights they were made from?
+
+Where the runtime itself cannot run here, this is what can be verified: every parameter is there,
+once, and decodes to what the torch model multiplies with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from optpipe import model
+from optpipe.artifact import Artifact, Stats
+from optpipe.checkpoint import Checkpoint
+from optpipe.errors import GateError
+from optpipe.export.folder import parameters
+from optpipe.linear import Layers, Quantized, weight_of
+
+READERS = {"vllm": "optpipe.export.vllm.read"}
+"""Format of an artifact -> what reads it: (folder, layers) -> names of the plain model, tensors."""
+Reader = Callable[[Path, Layers], Iterator[tuple[str, Tensor]]]
+EXACT = 2.0**-22
+"""Largest accepted difference of what is not quantized, for formats that store a norm plus one."""
+
+
+def read_back(artifact: Artifact, reference: Artifact) -> Stats:
+    """Compare all tensors with the torch model. Raises GateError for the first that differs."""
+    module, _, function = READERS[artifact.format].rpartition(".")
+    reader: Reader = getattr(import_module(module), function)
+    source = Checkpoint(reference.path)
+    layers, missing = model.layers(source), set(parameters(source))
+    quantized = 0
+    for name, stored in reader(artifact.path, layers):
+        if name not in missing:
+            raise GateError(f"'{artifact.name}' holds '{name}', which is no parameter, or twice")
+        missing.remove(name)
+        wanted, exact = _wanted(source, layers, name)
+        quantized += exact
+        wanted = wanted if exact else wanted.to(stored.dtype).float()
+        if not torch.allclose(stored.float(), wanted, rtol=0, atol=0 if exact else EXACT):
+            raise GateError(f"'{name}' of '{artifact.name}' is not that of '{reference.name}'")
+    if missing:
+        raise GateError(f"'{artifact.name}' lacks '{min(missing)}'")
+    return {"layers_with_codes_bit_exact": quantized}
+
+
+def _wanted(source: Checkpoint, layers: Layers, name: str) -> tuple[Tensor, bool]:
+    """A parameter as the torch model has it, and whether it stands in codes."""
+    layer, _, part = name.rpartition(".")
+    if layer in layers and part == "weight":
+        module = model.layer(layer, source.forms or {}, source)
+        weight = weight_of(module)
+        turned = source.decoder.transposed and layer != source.decoder.head
+        return (weight.T if turned else weight), isinstance(module, Quantized)
+    tensor = source.get(name)
+    assert tensor is not None, name
+    return tensor, False
