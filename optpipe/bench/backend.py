@@ -109,6 +109,7 @@ BACKENDS = {
     "hf": "optpipe.bench.torch.Torch",
     "onnx": "optpipe.bench.ort.Ort",
     "ort": "optpipe.bench.ort.Ort",
+    "vllm": "optpipe.bench.vllm.Vllm",
 }
 """Format of an artifact -> the class that opens it, imported only when it is needed."""
 

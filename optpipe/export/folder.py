@@ -71,7 +71,7 @@ def _fused_with(name: str) -> Iterator[str]:
 
 
 def _kind(form: Form) -> tuple[object, ...]:
-    return (form.bits, form.group_size, form.symmetric)
+    return (form.bits, form.number, form.group_size, form.symmetric, form.inputs)
 
 
 def parameters(checkpoint: Checkpoint) -> list[str]:

@@ -32,7 +32,8 @@ def read_back(artifact: Artifact, reference: Artifact) -> Stats:
     module, _, function = READERS[artifact.format].rpartition(".")
     reader: Reader = getattr(import_module(module), function)
     source = Checkpoint(reference.path)
-    layers, missing = model.layers(source), set(parameters(source))
+    layers = model.layers(source)
+    missing = {*parameters(source), *_input_scales(layers)}
     quantized = 0
     for name, stored in reader(artifact.path, layers):
         if name not in missing:
@@ -58,4 +59,10 @@ def _wanted(source: Checkpoint, layers: Layers, name: str) -> tuple[Tensor, bool
         return (weight.T if turned else weight), isinstance(module, Quantized)
     tensor = source.get(name)
     assert tensor is not None, name
+    if part == "input_scale":
+        return tensor.float().reshape(1), False
     return tensor, False
+
+
+def _input_scales(layers: Layers) -> list[str]:
+    return [f"{name}.input_scale" for name, form in layers.items() if form.static_inputs]

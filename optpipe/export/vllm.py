@@ -1,12 +1,17 @@
 """A compressed-tensors checkpoint: for vLLM, and for transformers with that library installed.
 
 The codes and scales are the very ones of the layers; nothing is rounded again. Shapes: R outputs,
-C inputs, G scales a row. A layer NAME of integer weights alone ("pack-quantized") becomes
+C inputs, G scales a row. A layer NAME becomes
 
-    NAME.weight_packed (R, C * bits / 32) int32, first code in the lowest bits
-    NAME.weight_scale (R, G) float16    NAME.weight_shape (2) int64
+    integer weights alone     NAME.weight_packed (R, C * bits / 32) int32, first code lowest
+    ("pack-quantized")        NAME.weight_scale (R, G) float16    NAME.weight_shape (2) int64
+    int8 with int8 inputs     NAME.weight (R, C) int8             NAME.weight_scale (R, 1) or (1)
+    ("int-quantized")         [NAME.input_scale (1), unless every token has its own]
+    fp8 weights, fp8 inputs   the same in float8_e4m3fn
+    or none ("float-quantized")
 
-https://github.com/vllm-project/compressed-tensors, docs of the formats; checked against 0.17.
+with scales of 8-bit weights and of inputs in float32, which vLLM keeps them in.
+https://github.com/vllm-project/compressed-tensors; checked against 0.17 and vLLM 0.25.1.
 """
 
 from __future__ import annotations
@@ -24,12 +29,12 @@ from optpipe.artifact import Artifact, Stats
 from optpipe.checkpoint import Checkpoint
 from optpipe.errors import InputError
 from optpipe.export.folder import Folder, check_dtype, check_layers
-from optpipe.linear import PER_CHANNEL, Form, Layers, Quantized, pack, unpack
+from optpipe.linear import FP8, PER_CHANNEL, PER_TENSOR, Form, Layers, Quantized, pack, unpack
 from optpipe.stage import Progress, Stage
 
 VERSION = "0.17.0"
 """Of the format."""
-PACKED = "pack-quantized"
+PACKED, INTEGER, FLOAT = "pack-quantized", "int-quantized", "float-quantized"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,21 +74,50 @@ def scheme(form: Form) -> dict[str, Any]:
         raise ValueError(f"vLLM has fast kernels for 4 and 8 bits, not for {form.bits}")
     if not form.symmetric:
         raise ValueError("the checkpoint for vLLM holds no zero points; set symmetric=true")
+    if form.number == "fp8" or form.inputs is not None:
+        return _eight_bit_scheme(form)
     per_code = 32 // form.bits
     if form.cols % per_code:
         raise ValueError(f"{form.cols} inputs do not fill words of {per_code} codes")
+    if form.group_size == PER_TENSOR:
+        raise ValueError("vLLM has no integer weights with one scale a layer; set group_size=-1")
     return {"weights": _numbers(form), "input_activations": None, "format": PACKED}
 
 
+def _eight_bit_scheme(form: Form) -> dict[str, Any]:
+    """Of weights that are stored as they are multiplied. Raises ValueError."""
+    kind = "fp8" if form.number == "fp8" else "int8"
+    if form.bits != 8 or form.group_size > 0 or (form.inputs or kind).partition("_")[0] != kind:
+        raise ValueError(
+            "vLLM multiplies int8 with int8 and fp8 with fp8, scaled by layer or output channel; "
+            f"got {form.bits}-bit {form.number}, group_size={form.group_size}, inputs {form.inputs}"
+        )
+    layout = FLOAT if kind == "fp8" else INTEGER
+    return {"weights": _numbers(form), "input_activations": _inputs(form), "format": layout}
+
+
 def _numbers(form: Form) -> dict[str, Any]:
-    grouped = form.group_size != PER_CHANNEL
+    strategy = {PER_CHANNEL: "channel", PER_TENSOR: "tensor"}.get(form.group_size, "group")
     return {
         "num_bits": form.bits,
-        "type": "int",
+        "type": "float" if form.number == "fp8" else "int",
         "symmetric": True,
-        "strategy": "group" if grouped else "channel",
-        "group_size": form.group_size if grouped else None,
+        "strategy": strategy,
+        "group_size": form.group_size if strategy == "group" else None,
         "dynamic": False,
+    }
+
+
+def _inputs(form: Form) -> dict[str, Any] | None:
+    if form.inputs is None:
+        return None
+    number, _, per = form.inputs.partition("_")
+    return {
+        "num_bits": 8,
+        "type": "float" if number == "fp8" else "int",
+        "symmetric": True,
+        "strategy": per,
+        "dynamic": per == "token",
     }
 
 
@@ -122,30 +156,59 @@ def encode(name: str, layer: Quantized) -> dict[str, Tensor]:
     """The tensors of a quantized layer."""
     form = layer.form
     assert form.bits is not None
-    return {
-        f"{name}.weight_packed": pack(layer.codes, form.bits).view(torch.int32),
-        f"{name}.weight_scale": layer.scales,
-        f"{name}.weight_shape": torch.tensor([form.rows, form.cols]),
+    if scheme(form)["format"] == PACKED:
+        return {
+            f"{name}.weight_packed": pack(layer.codes, form.bits).view(torch.int32),
+            f"{name}.weight_scale": layer.scales,
+            f"{name}.weight_shape": torch.tensor([form.rows, form.cols]),
+        }
+    scales = layer.scales.float()
+    found = {
+        f"{name}.weight": eight_bit(layer),
+        f"{name}.weight_scale": scales.reshape(1) if form.group_size == PER_TENSOR else scales,
     }
+    if layer.input_scale is not None:
+        found[f"{name}.input_scale"] = layer.input_scale.float().reshape(1)
+    return found
+
+
+def eight_bit(layer: Quantized) -> Tensor:
+    """The codes as numbers: int8 or float8_e4m3fn, (R, C)."""
+    if layer.form.number == "fp8":
+        return layer.codes.view(FP8)
+    return (layer.codes ^ 128).view(torch.int8)  # code - 128 in two's complement
 
 
 def read(folder: Path, layers: Layers) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter of the plain model, quantized weights as float32 codes times scales."""
+    """Every parameter of the plain model, quantized weights as float32 codes times scales.
+
+    The scales of inputs too, as LAYER.input_scale.
+    """
     stored = Checkpoint(folder)
     for name in stored.files:
         layer, _, part = name.rpartition(".")
         tensor = stored.get(name)
         assert tensor is not None
+        scale = stored.get(f"{layer}.weight_scale")
         if part == "weight_packed":
-            scale = stored.get(f"{layer}.weight_scale")
             assert scale is not None
-            yield f"{layer}.weight", _decode(tensor, scale, layers[layer])
+            yield f"{layer}.weight", scaled(_signed(tensor, layers[layer]), scale)
+        elif part == "weight" and scale is not None:
+            yield name, scaled(tensor, scale)
         elif part not in ("weight_scale", "weight_shape"):
             yield name, tensor
 
 
-def _decode(packed: Tensor, scale_RG: Tensor, form: Form) -> Tensor:
+def _signed(packed: Tensor, form: Form) -> Tensor:
     assert form.bits is not None
-    codes_RC = unpack(packed.view(torch.uint8), form.bits, form.cols).float()
-    grouped = (codes_RC - 2 ** (form.bits - 1)).reshape(form.rows, scale_RG.shape[1], -1)
-    return (grouped * scale_RG.float().unsqueeze(-1)).reshape(form.rows, form.cols)
+    codes_RC = unpack(packed.view(torch.uint8), form.bits, form.cols)
+    signed: Tensor = codes_RC.to(torch.int16) - int(2 ** (form.bits - 1))
+    return signed
+
+
+def scaled(codes_RC: Tensor, scale: Tensor) -> Tensor:
+    """Codes times scales (R, G), (R), or one; float32."""
+    grouped = scale.float() if scale.dim() == 2 else scale.float().reshape(-1, 1)
+    wide = codes_RC.float().reshape(codes_RC.shape[0], grouped.shape[1], -1)
+    weight: Tensor = wide * grouped.unsqueeze(-1)
+    return weight.reshape(codes_RC.shape)

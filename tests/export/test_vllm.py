@@ -13,7 +13,7 @@ from optpipe.checkpoint import Checkpoint
 from optpipe.errors import GateError, InputError
 from optpipe.export.readback import read_back
 from optpipe.export.vllm import Vllm, quantization, scheme
-from optpipe.linear import Form
+from optpipe.linear import PER_CHANNEL, PER_TENSOR, Form
 from optpipe.lowrank.svd import Svd
 from optpipe.prune.magnitude import Magnitude
 from optpipe.quant.rtn import Rtn
@@ -22,30 +22,16 @@ LINEAR = ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text"]
 IDS = torch.arange(3, 60)[None]
 
 
-@pytest.fixture(scope="module")
-def half(tiny, tmp_path_factory):
-    """half(family) -> the tiny model in float16, which the checkpoint then holds bit by bit."""
-
-    def folder(family="llama"):
-        out = tmp_path_factory.mktemp(family)
-        lm = model.load(Checkpoint(tiny(family))).half()
-        lm.config.dtype = torch.float16
-        lm.save_pretrained(out)
-        return out
-
-    return folder
-
-
 def logits(lm):
     with torch.inference_mode():
         return lm.eval()(IDS).logits
 
 
-def assert_same_logits(made, source):
+def assert_same_logits(made, source, tolerance=1e-4):
     """transformers decodes what we wrote to what our torch model multiplies with."""
     theirs = AutoModelForCausalLM.from_pretrained(made.path, dtype=torch.float32)
     ours = logits(model.load(Checkpoint(source.path)))
-    assert (logits(theirs) - ours).abs().max() < 1e-4 * ours.std()
+    assert (logits(theirs) - ours).abs().max() < tolerance * ours.std()
     assert theirs.config.quantization_config is not None
 
 
@@ -161,6 +147,47 @@ def test_an_unstructured_mask_is_stored_as_zeros(run, tiny):
     read_back(made, pruned)
     weight = Checkpoint(made.path).get("model.layers.0.mlp.up_proj.weight")
     assert 0.45 < float((weight == 0).float().mean()) < 0.55
+
+
+EIGHT = [
+    (number, group_size, inputs)
+    for number in ("int", "fp8")
+    for group_size in (PER_CHANNEL, PER_TENSOR)
+    for inputs in (
+        f"{'fp8' if number == 'fp8' else 'int8'}_tensor",
+        "fp8_token",
+        "int8_token",
+        None,
+    )
+    if inputs is None or inputs.startswith(number)
+    if (number, inputs) != ("int", None)
+]
+
+
+@pytest.mark.parametrize(("number", "group_size", "inputs"), EIGHT)
+def test_eight_bits_with_rounded_inputs(number, group_size, inputs, run, half, eight_bits):
+    """The library scales int8 tokens by 2 / 255 of their largest value, vLLM and we by 1 / 127."""
+    pytest.importorskip("compressed_tensors")
+    quantized = eight_bits(half("qwen2"), number=number, group_size=group_size, inputs=inputs)
+    made = run(Vllm(), quantized)
+    read_back(made, quantized)
+    assert_same_logits(made, quantized, 0.1 if inputs == "int8_token" else 1e-3)
+    stored = Checkpoint(made.path)
+    name = "model.layers.0.mlp.up_proj"
+    assert stored.types[f"{name}.weight"] == {"int": "I8", "fp8": "F8_E4M3"}[number]
+    assert (f"{name}.input_scale" in stored.types) == (inputs is not None and "tensor" in inputs)
+
+
+def test_eight_bit_forms_that_do_not_exist_are_refused():
+    for form in (
+        Form(rows=8, cols=64, bits=8, inputs="fp8_token"),
+        Form(rows=8, cols=64, bits=4, inputs="int8_token"),
+        Form(rows=8, cols=64, bits=8, number="fp8", group_size=32),
+    ):
+        with pytest.raises(ValueError, match="int8 with int8 and fp8 with fp8"):
+            scheme(form)
+    with pytest.raises(ValueError, match="one scale a layer"):
+        scheme(Form(rows=8, cols=64, bits=8, group_size=PER_TENSOR))
 
 
 def test_one_kind_is_named_by_its_class():

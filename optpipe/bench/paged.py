@@ -1,0 +1,104 @@
+"""What engines with a paged KV cache and a scheduler of their own have in common as backends.
+
+Such an engine takes prompts and streams tokens that it chose itself; it is timed as that, one
+token of every row at a time. Shapes: B rows, S tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from importlib.util import find_spec
+
+import numpy as np
+import torch
+
+from optpipe.artifact import Artifact
+from optpipe.bench.backend import Backend, Ids, Logits
+from optpipe.checkpoint import Checkpoint
+
+KV_TOKENS = 65536
+"""What the KV cache of every such engine holds, all rows together: these engines otherwise take
+nearly all memory there is, and arms that are resident together must share the device."""
+CONTEXT = 32768
+"""Longest sequence, unless the model's own context is shorter."""
+
+
+class Paged(Backend):
+    """Greedy streams; the engine's part is in the abstract methods.
+
+    ``prefill`` and ``decode`` return 1 at the token that the engine chose and 0 elsewhere, as the
+    engine tells no more without slowing down; the logits of ``extend`` and ``score`` are
+    log-probabilities, that is logits up to a constant at each position.
+    """
+
+    def _open(self, artifact: Artifact) -> Checkpoint:
+        """What is known from the files alone."""
+        checkpoint = Checkpoint(artifact.path)
+        self.capacity = min(checkpoint.decoder.context, CONTEXT)
+        self.vocab = checkpoint.decoder.vocab
+        self.weight_bytes = checkpoint.size_bytes
+        self.dtype = str(checkpoint.config.dtype).removeprefix("torch.")
+        self.device = torch.cuda.get_device_name()
+        self._rows: list[list[int]] = []
+        self._told: list[int] | None = None
+        return checkpoint
+
+    @abstractmethod
+    def _begin(self, rows: list[list[int]]) -> list[int]:
+        """Drop what runs, start a stream for each prompt; the first token of each."""
+
+    @abstractmethod
+    def _next(self) -> list[int]:
+        """The next token of each stream."""
+
+    @abstractmethod
+    def _log_probs(self, row: list[int]) -> Logits:
+        """(S, V) after each token of one sequence."""
+
+    def prefill(self, ids_BS: Ids, lengths_B: Ids) -> Logits:
+        self._rows = [row[:length].tolist() for row, length in zip(ids_BS, lengths_B, strict=True)]
+        return self._tell(self._begin(self._rows))
+
+    def decode(self, tokens_B: Ids) -> Logits:
+        chosen = tokens_B.tolist()
+        follows = self._told == chosen
+        self._rows = [[*row, token] for row, token in zip(self._rows, chosen, strict=True)]
+        # a token that the engine did not choose itself is a prompt to it
+        return self._tell(self._next() if follows else self._begin(self._rows))
+
+    def extend(self, ids_BS: Ids) -> Logits:
+        self._told = None
+        new = ids_BS.tolist()
+        self._rows = [[*row, *own] for row, own in zip(self._rows, new, strict=True)]
+        return np.stack([self._log_probs(row)[-ids_BS.shape[1] :] for row in self._rows])
+
+    def score(self, ids_BS: Ids) -> Logits:
+        self._told = None
+        return np.stack([self._log_probs(row) for row in ids_BS.tolist()])
+
+    def reset_peak(self) -> None:
+        torch.cuda.reset_peak_memory_stats()
+
+    def peak_bytes(self) -> int:
+        return torch.cuda.max_memory_allocated()
+
+    def _tell(self, tokens: list[int]) -> Logits:
+        self._told = tokens
+        logits_BV = np.zeros((len(tokens), self.vocab), dtype=np.float32)
+        logits_BV[np.arange(len(tokens)), tokens] = 1
+        return logits_BV
+
+
+def unusable(package: str) -> str | None:
+    """Why an engine of this package cannot run here, if it cannot."""
+    if find_spec(package) is None:
+        return f"package '{package}' is not installed"
+    if not torch.cuda.is_available():
+        return f"{package} needs an NVIDIA GPU, and there is none"
+    return None
+
+
+def kv_bytes(checkpoint: Checkpoint, tokens: int = KV_TOKENS) -> int:
+    """Of a cache in 16 bits for so many tokens."""
+    decoder = checkpoint.decoder
+    return 2 * len(decoder.blocks) * decoder.kv_heads * decoder.head_dim * 2 * tokens

@@ -1,0 +1,109 @@
+"""vLLM as a backend, offline and in this process: artifacts of format 'vllm', and unified ones.
+
+Written against vLLM 0.25.1. The engine is stepped by hand, so that every token is seen as it comes.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import torch
+
+from optpipe.artifact import Artifact
+from optpipe.bench.backend import Logits
+from optpipe.bench.paged import Paged, kv_bytes, unusable
+
+SLACK_BYTES = 4_000_000_000
+"""Activations, CUDA graphs and libraries, beside weights and cache."""
+SETTINGS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process: no queue between us and the engine
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # would be compiled at the first token
+}
+
+
+class Vllm(Paged):
+    """A checkpoint in vLLM; no prefix is ever reused, as every arm does the same work."""
+
+    def __init__(self, artifact: Artifact, threads: int, dtype: str) -> None:
+        os.environ.update(SETTINGS)
+        from vllm import LLM, SamplingParams  # takes seconds, and is rarely installed
+        from vllm.sampling_params import RequestOutputKind
+
+        checkpoint = self._open(artifact)
+        cache_bytes = kv_bytes(checkpoint)
+        total = torch.cuda.get_device_properties(0).total_memory
+        llm: Any = LLM(
+            model=str(artifact.path),
+            skip_tokenizer_init=True,
+            dtype=self.dtype,
+            max_model_len=self.capacity,
+            kv_cache_memory_bytes=cache_bytes,
+            # only checked against what is free; the cache has its own limit above
+            gpu_memory_utilization=(2 * self.weight_bytes + cache_bytes + SLACK_BYTES) / total,
+            enable_prefix_caching=False,
+            max_logprobs=-1,
+        )
+        self._engine, self._params = llm.llm_engine, SamplingParams
+        self._delta = RequestOutputKind.DELTA
+        self._streams: dict[str, list[int]] = {}
+        self._started = 0
+
+    @classmethod
+    def missing(cls, artifact: Artifact) -> str | None:
+        return unusable("vllm")
+
+    def _begin(self, rows: list[list[int]]) -> list[int]:
+        self._drop()
+        for row in rows:
+            self._add(row, max_tokens=self.capacity - len(row), output_kind=self._delta)
+        return self._next()
+
+    def _next(self) -> list[int]:
+        while not all(self._streams.values()):
+            for output in self._engine.step():
+                if output.request_id in self._streams:
+                    self._streams[output.request_id].extend(output.outputs[0].token_ids)
+        return [stream.pop(0) for stream in self._streams.values()]
+
+    def _log_probs(self, row: list[int]) -> Logits:
+        self._drop()
+        everything = {"prompt_logprobs": -1, "logprobs": -1, "flat_logprobs": True}
+        name = self._add(row, max_tokens=1, **everything)
+        found: Any = None
+        while self._engine.has_unfinished_requests():
+            for output in self._engine.step():
+                if output.request_id == name and output.finished:
+                    found = output
+        assert found is not None
+        self._streams.clear()
+        prompt, last = found.prompt_logprobs, found.outputs[0].logprobs
+        # the first position of a prompt has no token before it, and no entry
+        parts = [self._dense(prompt, at) for at in range(1, len(row))]
+        return np.stack([*parts, self._dense(last, 0)])
+
+    def close(self) -> None:
+        self._drop()
+        del self._engine
+        torch.cuda.empty_cache()
+
+    def _add(self, row: list[int], **params: Any) -> str:
+        name, self._started = str(self._started), self._started + 1
+        given = self._params(temperature=0.0, ignore_eos=True, detokenize=False, **params)
+        self._engine.add_request(name, {"prompt_token_ids": row}, given)
+        self._streams[name] = []
+        return name
+
+    def _drop(self) -> None:
+        self._engine.abort_request([*self._streams])
+        self._streams.clear()
+        while self._engine.has_unfinished_requests():
+            self._engine.step()
+
+    def _dense(self, flat: Any, at: int) -> Logits:
+        """One position of vLLM's flat list of (token, log-probability), (V)."""
+        here = slice(flat.start_indices[at], flat.end_indices[at])
+        dense = np.full(self.vocab, -np.inf, dtype=np.float32)
+        dense[flat.token_ids[here]] = flat.logprobs[here]
+        return dense
