@@ -136,7 +136,7 @@ def _write_head(
         writer.add(decoder.head, _stored(decoder.head, head, planned[decoder.head], checkpoint))
     elsewhere = (f"{decoder.head}.", *(f"{block.name}." for block in decoder.blocks))
     rest = [name for name, _ in lm.named_parameters() if not name.startswith(elsewhere)]
-    writer.add("rest", {name: _tensor(checkpoint, name) for name in rest})
+    writer.add("rest", {name: checkpoint.tensor(name) for name in rest})
 
 
 def _block_tensors(
@@ -149,7 +149,7 @@ def _block_tensors(
     # of its parameters alone: old files hold buffers, such as the causal masks of GPT-2
     for name, _ in lm.get_submodule(block.name).named_parameters(prefix=block.name):
         if not name.startswith(layers):
-            tensors[name] = _tensor(checkpoint, name)
+            tensors[name] = checkpoint.tensor(name)
     return tensors
 
 
@@ -162,9 +162,3 @@ def _stored(name: str, layer: nn.Module, form: Form, checkpoint: Checkpoint) -> 
         assert form.bits is None and layer.weight.shape == (form.rows, form.cols), (name, form)
     assert (mask_of(layer) is not None) == (form.pattern is not None), (name, form)
     return encode(name, layer, form, checkpoint.layer_dtype(name))
-
-
-def _tensor(checkpoint: Checkpoint, name: str) -> Tensor:
-    tensor = checkpoint.get(name)
-    assert tensor is not None, name
-    return tensor

@@ -149,6 +149,18 @@ class Checkpoint:
         tensor: Tensor = self._open[file].get_tensor(name.removeprefix(self._prefix))
         return tensor
 
+    def tensor(self, name: str) -> Tensor:
+        """One tensor that must be there."""
+        tensor = self.get(name)
+        assert tensor is not None, name
+        return tensor
+
+    def planned(self, config: Any) -> Checkpoint:
+        """What later stages will find once a stage has given the model this config: no tensors."""
+        later = Checkpoint(self.path)
+        later.config, later.forms = config, None
+        return later
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every stored tensor, from the headers alone."""
         return {

@@ -68,6 +68,16 @@ def fill(lm: PreTrainedModel, block: str, checkpoint: Checkpoint, dtype: torch.d
     return module
 
 
+def transplant(lm: PreTrainedModel, other: PreTrainedModel, block: str) -> nn.Module:
+    """Let the empty block of ``other``, whose config may differ, use the layers of ``lm``'s."""
+    for name, parameter in lm.get_submodule(block).named_parameters(prefix=block):
+        if (layer := name.rpartition(".")[0]) in _linears(other.get_submodule(block), block):
+            other.set_submodule(layer, lm.get_submodule(layer))
+        else:
+            _set(other, name, parameter)
+    return other.get_submodule(block)
+
+
 def drop(lm: PreTrainedModel, block: str) -> None:
     """Take the memory of a block back."""
     lm.get_submodule(block).to("meta")
@@ -136,11 +146,17 @@ def _equal(checkpoint: Checkpoint, left: str, right: str) -> bool:
 
 def parameter_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     """Every tensor that a plain folder of this architecture holds, from its config alone."""
+    return shapes_of(checkpoint.config)
+
+
+def shapes_of(config: Any) -> dict[str, tuple[int, ...]]:
+    """As :func:`parameter_shapes`, of a config that belongs to no folder yet."""
     with _parameters_on_meta():
-        lm = AutoModelForCausalLM.from_config(checkpoint.config, trust_remote_code=False)
+        lm = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     shapes = {name: tuple(parameter.shape) for name, parameter in lm.named_parameters()}
-    if checkpoint.decoder.tied:
-        shapes.pop(f"{checkpoint.decoder.head}.weight", None)
+    decoder = describe(config)
+    if decoder.tied:
+        shapes.pop(f"{decoder.head}.weight", None)
     return shapes
 
 

@@ -61,15 +61,19 @@ def check(stages: Mapping[str, Stage], source: Source, store: Path) -> list[Step
     from optpipe import model  # imports torch and transformers
 
     _check_formats(stages)
-    decoder, layers, key = source.checkpoint.decoder, model.layers(source.checkpoint), source.key
-    shapes = model.parameter_shapes(source.checkpoint).values()
+    checkpoint, key = source.checkpoint, source.key
+    decoder, layers = checkpoint.decoder, model.layers(checkpoint)
+    shapes = model.parameter_shapes(checkpoint).values()
     elements = sum(math.prod(shape) for shape in shapes)
     float_bits = round(8 * source.size_bytes / elements)
     rest = elements - _elements(_owned(layers, decoder.tied))
     steps = []
     for name, stage in stages.items():
         try:
-            layers, inputs = stage.plan(layers), stage.inputs(source.checkpoint)
+            layers, inputs = stage.plan(layers), stage.inputs(checkpoint)
+            if (config := stage.resize(checkpoint.config)) is not checkpoint.config:
+                checkpoint = checkpoint.planned(config)
+                layers = model.layers(checkpoint)
         except ValueError as error:
             raise InputError(f"stage '{name}': {error}") from error
         bits = stage.output_bits(_owned(layers, decoder.tied), rest, float_bits)

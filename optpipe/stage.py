@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from optpipe.artifact import Artifact, Stats
 
@@ -36,6 +36,13 @@ class Stage(ABC):
         factorization of a pruned layer, which would lose its mask). Runs before any work.
         """
         return layers
+
+    def resize(self, config: Any) -> Any:
+        """The transformers config of the new model; only structured pruning makes another one.
+
+        Raises ValueError where the family cannot have it. Runs before any work.
+        """
+        return config
 
     def inputs(self, model: Checkpoint) -> object:
         """What the result depends on besides ``model`` and the fields, JSON-like; part of the key.
