@@ -72,6 +72,8 @@ def rewrite(
         progress(block.name, done, total)
         module = model.fill(lm, block.name, checkpoint, torch.float32).to(device)
         seen = observe(lm, block, index, flow, observation) if flow and observation else {}
+        if observation and observation.react:
+            observation.react(lm, block, seen)
         for name, layer in list(model.block_linears(lm, block)):
             progress(name, done, total)
             lm.set_submodule(name, change(name, layer, seen.pop(name, None)))
@@ -79,9 +81,12 @@ def rewrite(
         if flow:
             advance(module, flow, index)
         module.to("cpu")
-        writer.add(block.name, _block_tensors(lm, block, checkpoint, planned))
+        writer.add(block.name, block_tensors(lm, block, checkpoint, planned))
         model.drop(lm, block.name)
-    _write_head(lm, checkpoint, writer, planned, _head_change(lm, change, flow, observation))
+    decoder = checkpoint.decoder
+    head = _head_change(lm, change, flow, observation)(decoder.head, decoder.final_norm)
+    shared = decoder.tied and planned[decoder.head].bits is None
+    write_ends(lm, checkpoint, writer, planned, None if shared else head)
     writer.close(planned)
 
 
@@ -122,26 +127,26 @@ def _head_change(
     return changed
 
 
-def _write_head(
+def write_ends(
     lm: PreTrainedModel,
     checkpoint: Checkpoint,
     writer: Writer,
     planned: Layers,
-    changed: Callable[[str, str], nn.Module],
+    head: nn.Module | None,
 ) -> None:
     """Store the head, if it has a weight of its own, and all that is neither head nor block."""
     decoder = checkpoint.decoder
-    head = changed(decoder.head, decoder.final_norm)
-    if not (decoder.tied and planned[decoder.head].bits is None):
+    if head is not None:
         writer.add(decoder.head, _stored(decoder.head, head, planned[decoder.head], checkpoint))
     elsewhere = (f"{decoder.head}.", *(f"{block.name}." for block in decoder.blocks))
     rest = [name for name, _ in lm.named_parameters() if not name.startswith(elsewhere)]
-    writer.add("rest", {name: checkpoint.tensor(name) for name in rest})
+    writer.add("rest", {name: current(lm, checkpoint, name) for name in rest})
 
 
-def _block_tensors(
+def block_tensors(
     lm: PreTrainedModel, block: Block, checkpoint: Checkpoint, planned: Layers
 ) -> dict[str, Tensor]:
+    """All that is stored of a block, as the model holds it now."""
     tensors: dict[str, Tensor] = {}
     for name, layer in model.block_linears(lm, block):
         tensors |= _stored(name, layer, planned[name], checkpoint)
@@ -149,7 +154,7 @@ def _block_tensors(
     # of its parameters alone: old files hold buffers, such as the causal masks of GPT-2
     for name, _ in lm.get_submodule(block.name).named_parameters(prefix=block.name):
         if not name.startswith(layers):
-            tensors[name] = checkpoint.tensor(name)
+            tensors[name] = current(lm, checkpoint, name)
     return tensors
 
 
@@ -162,3 +167,11 @@ def _stored(name: str, layer: nn.Module, form: Form, checkpoint: Checkpoint) -> 
         assert form.bits is None and layer.weight.shape == (form.rows, form.cols), (name, form)
     assert (mask_of(layer) is not None) == (form.pattern is not None), (name, form)
     return encode(name, layer, form, checkpoint.layer_dtype(name))
+
+
+def current(lm: PreTrainedModel, checkpoint: Checkpoint, name: str) -> Tensor:
+    """A norm, a bias or an embedding as the model holds it now, in the type it is stored as.
+
+    One that nobody changed comes back bit by bit: float32 holds every stored type.
+    """
+    return lm.get_parameter(name).detach().to(checkpoint.floating(name))

@@ -9,13 +9,16 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from optpipe.artifact import Stats, fingerprint
 from optpipe.checkpoint import Checkpoint
 from optpipe.errors import InputError
+from optpipe.family import Block
 from optpipe.text import has_tokenizer, leading, no_tokenizer, tokenize
 
 BUNDLED = Path(__file__).parent / "demo" / "calibration.txt"
@@ -133,17 +136,29 @@ class Squares:
         return self.sum_C.sqrt()
 
 
+class Peak:
+    """The largest absolute value of each input."""
+
+    def __init__(self, inputs: int) -> None:
+        self.max_C = torch.zeros(inputs)
+
+    def add(self, x_NC: Tensor) -> None:
+        self.max_C = torch.maximum(self.max_C.to(x_NC.device), x_NC.float().abs().amax(0))
+
+
 class Gram:
-    """X^T X / N of a layer's inputs, in float64."""
+    """X^T X / N and the mean absolute value of a layer's inputs, in float64."""
 
     def __init__(self, inputs: int) -> None:
         self._sum_CC = torch.zeros(inputs, inputs, dtype=torch.float64)
+        self._abs_C = torch.zeros(inputs, dtype=torch.float64)
         self.count = 0
 
     def add(self, x_NC: Tensor) -> None:
         # products in float32 are exact enough within one sample; adding them up is not
         self._sum_CC = self._sum_CC.to(x_NC.device)  # where the model computes
         self._sum_CC += (x_NC.T @ x_NC).double()
+        self._abs_C = self._abs_C.to(x_NC.device) + x_NC.abs().sum(0, dtype=torch.float64)
         self.count += len(x_NC)
 
     @property
@@ -154,8 +169,18 @@ class Gram:
     def norm_C(self) -> Tensor:
         return self._sum_CC.diagonal().sqrt()
 
+    @property
+    def mean_abs_C(self) -> Tensor:
+        return self._abs_C / self.count
 
-Statistic = Squares | Gram
+    def divide(self, factor_C: Tensor) -> None:
+        """Become what the inputs give once each is divided by its factor."""
+        factor_C = factor_C.double()
+        self._sum_CC /= factor_C[:, None] * factor_C
+        self._abs_C /= factor_C
+
+
+Statistic = Squares | Peak | Gram
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,3 +194,6 @@ class Observation:
     """Makes an empty statistic for a number of inputs."""
     facts: Stats = field(default_factory=dict)
     """What a report says about the data."""
+    react: Callable[[PreTrainedModel, Block, dict[str, Any]], None] | None = None
+    """Changes a block (norms and all) by the statistics of its layers, before layers change one
+    by one; statistics that are no longer true must change with it."""

@@ -202,6 +202,12 @@ class Writer:
         _dump(self.out / INDEX, index)
 
 
+def untie(folder: Path) -> None:
+    """Make the config say that the output projection has a weight of its own."""
+    file = folder / "config.json"
+    _dump(file, {**json.loads(file.read_text()), "tie_word_embeddings": False})
+
+
 def copy_side_files(source: Path, out: Path) -> None:
     """Config and tokenizer travel with the weights."""
     for file in side_files(source):

@@ -66,7 +66,8 @@ def check(stages: Mapping[str, Stage], source: Source, store: Path) -> list[Step
     shapes = model.parameter_shapes(checkpoint).values()
     elements = sum(math.prod(shape) for shape in shapes)
     float_bits = round(8 * source.size_bytes / elements)
-    rest = elements - _elements(_owned(layers, decoder.tied))
+    tied = decoder.tied
+    rest = elements - _elements(_owned(layers, tied))
     steps = []
     for name, stage in stages.items():
         try:
@@ -76,7 +77,8 @@ def check(stages: Mapping[str, Stage], source: Source, store: Path) -> list[Step
                 layers = model.layers(checkpoint)
         except ValueError as error:
             raise InputError(f"stage '{name}': {error}") from error
-        bits = stage.output_bits(_owned(layers, decoder.tied), rest, float_bits)
+        tied = tied and not stage.unties()
+        bits = stage.output_bits(_owned(layers, tied), rest, float_bits)
         kind = f"{type(stage).__module__}.{type(stage).__qualname__}"
         key = fingerprint(key, kind, asdict(stage), inputs, code())
         path = store / f"{name}-{key}"

@@ -44,6 +44,10 @@ class Stage(ABC):
         """
         return config
 
+    def unties(self) -> bool:
+        """Whether a head that was the embedding has a weight of its own after this stage."""
+        return False
+
     def inputs(self, model: Checkpoint) -> object:
         """What the result depends on besides ``model`` and the fields, JSON-like; part of the key.
 
