@@ -25,7 +25,11 @@ def made(method, folder, out):
     build(whole.stage).run(Artifact(path=folder, format="hf", key="k"), out, lambda *_: None)
     checkpoint = Checkpoint(out)
     forms = model.layers(checkpoint)
-    return {name: weight_of(model.layer(name, forms, checkpoint)) for name in forms}
+    found = {name: weight_of(model.layer(name, forms, checkpoint)) for name in forms}
+    for right in [name for name in found if name.endswith(".right")]:  # signs of factors are free
+        left = right.replace(".right", ".left")
+        found[left] = found[left] @ found.pop(right)
+    return found
 
 
 @pytest.mark.gpu
