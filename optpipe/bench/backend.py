@@ -89,8 +89,11 @@ class Backend(ABC):
         """Most memory since ``reset_peak``: the process on a CPU, the device on a GPU."""
         return machine.peak_bytes()
 
-    def device_s(self) -> float | None:
-        """What the device worked since the last call, by events of its own; None on a CPU."""
+    def device_s(self) -> tuple[float, ...] | None:
+        """Seconds of each step since the last call, oldest first; None on a CPU.
+
+        Between two events of the device around each prefill and each decode step.
+        """
         return None
 
     def __enter__(self) -> Self:

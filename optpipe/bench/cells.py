@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from optpipe.bench.bottlenecks import host
 from optpipe.bench.evidence import resampling
 from optpipe.bench.evidence.statistics import (
     LEVEL,
@@ -34,7 +35,7 @@ FIELDS = (*METRICS, "peak_bytes")
 """What a cell holds a number of."""
 PERCENTILES = (50, 95, 99)
 NO_PEAK = "this system keeps no peak of resident memory that can be reset"
-NO_EVENTS = "this runtime has no events of the device's own; on a CPU there are none"
+OTHER_DEVICE = "it runs on another device than the baseline: their memories are two things"
 ONE_NUMBER = "a single number: nothing varies from block to block"
 HAND_OVER = "one request at a time never queues: this is the hand-over between two processes"
 ITSELF = "the baseline itself"
@@ -67,6 +68,8 @@ class Table:
             return None, why
         if base is None:
             return None, self._unpaired(name) or f"the baseline has no numbers here: {lost}"
+        if metric == "peak_bytes" and self._device(name) != self._device(self.outcome.baseline):
+            return None, OTHER_DEVICE
         before, after = pairs(base, own, metric, anchored=True)
         if not before:
             return None, self._unpaired(name) or missing(metric, cell)
@@ -77,9 +80,8 @@ class Table:
         """The whole entry of an arm; verdicts are added once the family of them is known."""
         own, why = self.timed(name, cell)
         values, reasons = _values(own, cell, why)
-        device = [s.device_s for s in own.samples if s.device_s is not None] if own else []
-        if not device:
-            reasons["device_s"] = why or NO_EVENTS
+        device, no_device = host.entry(own.samples if own else [], cell, why)
+        reasons |= no_device
         if own is None:
             reasons["cpu_s"] = why
         elif cell in self.outcome.measured.stopped:
@@ -92,7 +94,7 @@ class Table:
             **served,
             "blocks": own.blocks if own else 0,
             "cpu_s": median([sample.cpu_s for sample in own.samples]) if own else None,
-            "device_s": median(device) if device else None,
+            **device,
             "percentiles": {
                 "ttft_s": _percentiles(_firsts(own, "ttft_s") if own else [], why),
                 **(
@@ -145,6 +147,10 @@ class Table:
         if (apart := self._unpaired(name)) is not None or name in self.outcome.anchored:
             return nothing(apart or "it took turns with the baseline: no block has both")
         return goodput.ratio(base.samples, own.samples, self.outcome.bench.seed)
+
+    def _device(self, name: str) -> str | None:
+        told = self.outcome.loaded.get(self.outcome.baseline if name == AGAIN else name)
+        return None if told is None else told.device
 
     def _unpaired(self, name: str) -> str | None:
         if name == AGAIN or name in self.outcome.anchored:

@@ -12,7 +12,7 @@ from typing import Any
 
 from optpipe.artifact import Artifact
 from optpipe.bench import machine, preflight, report
-from optpipe.bench.bottlenecks import bottleneck
+from optpipe.bench.bottlenecks import bottleneck, host
 from optpipe.bench.bottlenecks.physics import survey
 from optpipe.bench.fidelity import gate, quality
 from optpipe.bench.outcome import Outcome
@@ -51,12 +51,13 @@ def run(
     raises GateError if an artifact is not as good as bench.quality asks, or not what was timed;
     StageError if an arm broke, which costs that arm only.
     """
-    started, start_s, host = datetime.now(UTC), time.perf_counter(), machine.describe()
+    started, start_s, about = datetime.now(UTC), time.perf_counter(), machine.describe()
     with shown("bench") as progress:
         outcome = measure_arms(arms(artifacts, bench), bench, scenarios, progress, tasks)
         progress("bottlenecks", 0, 1)
         alive = [arm for arm in outcome.arms if outcome.absent(arm.name) is None]
-        physics = survey(alive, outcome.cells, bench.thread_count)
+        devices = {name: told.device for name, told in outcome.loaded.items()}
+        physics = survey(alive, outcome.cells, bench.thread_count, devices)
         outcome.floors = physics.floors
     facts = {
         **context,
@@ -65,13 +66,14 @@ def run(
         "seed": bench.seed,
         "threads": bench.thread_count,
         "versions": machine.versions(),
-        "machine": host,
-        "preflight": preflight.checks(host, outcome),
+        "machine": about,
+        "preflight": preflight.checks(about, outcome),
         "bench": asdict(bench),
         "scenarios": {name: asdict(scenario) for name, scenario in scenarios.items()},
     }
     found = report.build(outcome, facts)
-    bottleneck.attach(found, physics.costs, physics.ceilings, physics.host_s)
+    timed_s = host.from_events(outcome.measured.samples, physics.busy_s)
+    bottleneck.attach(found, physics.costs, physics.ceilings, {**physics.host_s, **timed_s})
     report.write(found, outcome.measured.samples, out)
     tables.show(found)
     _whole(outcome)

@@ -19,6 +19,8 @@ from optpipe.checkpoint import Checkpoint
 from optpipe.errors import InputError
 from optpipe.model import load
 
+CYCLES_PER_S = 2e9
+"""At least as fast as the clock of any GPU, so that a wait is no shorter than asked for."""
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")}
 
 
@@ -41,6 +43,9 @@ class Torch(Backend):
         self._cache_argument = "cache" if "cache" in takes else "past_key_values"  # before 5.24
         self._pad_B: Tensor | None = None
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self.hold_s, self.queued = 0.0, False
+        """The GPU waits so long before every pass, and whether the last was queued whole by then:
+        so the time between its events has no gaps in which the GPU waited for a launch."""
 
     @classmethod
     def memory_bytes(cls, artifact: Artifact, dtype: str) -> int:
@@ -87,14 +92,14 @@ class Torch(Backend):
     def peak_bytes(self) -> int:
         return torch.cuda.max_memory_allocated() if self._gpu else super().peak_bytes()
 
-    def device_s(self) -> float | None:
+    def device_s(self) -> tuple[float, ...] | None:
         """Between the events around every forward pass; they are read only here, after timing."""
         if not self._gpu:
             return None
         torch.cuda.synchronize()
-        total_ms = sum(start.elapsed_time(end) for start, end in self._events)
+        found = tuple(start.elapsed_time(end) / 1e3 for start, end in self._events)
         self._events.clear()
-        return float(total_ms) / 1e3
+        return found
 
     def _run(self, ids_BS: Ids, keep: int) -> Logits:
         """Feed tokens on top of the cache; logits of the last ``keep`` of them (0: of all)."""
@@ -106,6 +111,8 @@ class Torch(Backend):
             given["attention_mask"] = (slots >= self._pad_B[:, None]).long()
             given["position_ids"] = (slots[depth:] - self._pad_B[:, None]).clamp(min=0)
         input_ids = self._tensor(ids_BS)
+        if self.hold_s and self._gpu:
+            torch.cuda._sleep(int(self.hold_s * CYCLES_PER_S))
         start = self._mark()
         logits: Tensor = self._lm(
             input_ids=input_ids, use_cache=True, logits_to_keep=keep, **given
@@ -113,6 +120,7 @@ class Torch(Backend):
         end = self._mark()
         if start is not None and end is not None:
             self._events.append((start, end))
+            self.queued = bool(self.hold_s) and not start.query()
         return logits.float().cpu().numpy()  # waits for the GPU, copies nothing on a CPU
 
     def _mark(self) -> torch.cuda.Event | None:

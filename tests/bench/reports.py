@@ -170,7 +170,7 @@ def report(artifacts=None, cells=None):
                 ],
                 "instrument": {"ttft_error": 0.002, "tpot_error": 0.0001, "e2e_error": 0.0005},
             },
-            "ceilings": {"float32": {"bytes_per_s": 2e10, "flops_per_s": 1.2e11}},
+            "ceilings": {"cpu": {"float32": {"bytes_per_s": 2e10, "flops_per_s": 1.2e11}}},
             "invalid_reasons": [],
         },
         "artifacts": made,

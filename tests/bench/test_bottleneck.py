@@ -81,7 +81,7 @@ COSTS = {(name, cell): cell_costs(MODELS[name], cell) for name in MODELS for cel
 
 
 def attached(report, host_s=None, costs=COSTS):
-    bottleneck.attach(report, costs, CEILINGS, host_s)
+    bottleneck.attach(report, costs, {"cpu": CEILINGS}, host_s)
     return [a["cells"][0]["bottleneck"] for a in report["artifacts"]]
 
 
@@ -120,7 +120,7 @@ def test_every_cell_gets_a_class_by_three_votes_and_remedies_that_came_true_or_n
     check_nulls(report)
     json.dumps(report, allow_nan=False)
     assert report["run"]["invalid_reasons"] == []
-    assert report["run"]["ceilings"]["int8"]["flops_per_s"] == 4e12
+    assert report["run"]["ceilings"]["cpu"]["int8"]["flops_per_s"] == 4e12
 
 
 def report_time(report, name):

@@ -19,13 +19,13 @@ WIDTH, DEPTH = 4096, 8
 def measured():
     """Of one thread; torch gets its threads back."""
     before = torch.get_num_threads()
-    yield ceilings.measure(1, [4.0 * WIDTH * WIDTH * DEPTH])
+    yield ceilings.measure_cpu(1, [4.0 * WIDTH * WIDTH * DEPTH])
     torch.set_num_threads(before)
 
 
 def test_ceilings_of_this_machine_are_plausible_and_quick(measured):
     start = time.process_time()
-    found = ceilings.measure(1)
+    found = ceilings.measure_cpu(1)
     assert time.process_time() - start < 6, "3 s of wall time where two cores are free"
     assert [size for size, _ in found.bandwidth] == sorted(ceilings.CPU_SIZES)
     assert 1e9 < found.bytes_per_s(512e6) <= found.bytes_per_s(1e6) < 1e12
@@ -98,7 +98,9 @@ def test_a_survey_counts_every_arm_in_a_process_of_its_own(tiny, tmp_path):
 
     artifact = Artifact(path=tiny(), format="hf", key="k")
     cell = Cell("single", 1, 16, 4)
-    found = survey([Arm(name="a", artifact=artifact, dtype="float32", threads=1)], [cell], 1)
+    found = survey(
+        [Arm(name="a", artifact=artifact, dtype="float32", threads=1)], [cell], 1, {"a": "cpu"}
+    )
     assert found.costs["a", cell].decode.all_flops > 0
     assert 1e-4 < found.host_s["a", cell]["decode"] < 1, "three blocks of transformers in Python"
-    assert found.ceilings.flops_per_s["float32"] > 1e9
+    assert found.ceilings["cpu"].flops_per_s["float32"] > 1e9

@@ -180,7 +180,7 @@ def test_answers_that_vary_are_no_greedy_decoding(judged):
 
 
 def test_a_device_cannot_work_longer_than_the_request_took(judged):
-    found = judged(lambda answer, ids, worker: replace(answer, device_s=10.0))
+    found = judged(lambda answer, ids, worker: replace(answer, device_s=(4.0, 6.0)))
     assert all("device_exceeds_wall" in why for why in found["run"]["invalid_reasons"])
 
 

@@ -36,7 +36,7 @@ def events_s(call):
 
 @pytest.fixture(scope="module")
 def measured():
-    return ceilings.measure(1)
+    return ceilings.measure_gpu()
 
 
 def test_a_gemv_of_half_the_bytes_takes_half_the_time():

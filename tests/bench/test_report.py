@@ -298,7 +298,8 @@ def test_an_arm_that_breaks_costs_itself_only_and_the_run_says_so(tmp_path, monk
         Arm(name=name, artifact=artifact, dtype="float32", threads=1, find=fakes.find)
         for name, artifact in zip(plans, artifacts, strict=True)
     ])  # fmt: skip
-    nothing = Physics(costs={}, host_s={}, ceilings=Ceilings(bandwidth=((1, 1e9),), flops_per_s={}))
+    cpu = Ceilings(bandwidth=((1, 1e9),), flops_per_s={})
+    nothing = Physics(costs={}, host_s={}, ceilings={"cpu": cpu}, devices={})
     monkeypatch.setattr(run_module, "survey", lambda *_: nothing)  # fakes have no weights to count
     bench = BenchConfig(
         blocks=6, max_blocks=6, warmup=2, warmup_s=0, dtypes=["float32"], threads=1,

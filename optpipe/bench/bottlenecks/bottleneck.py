@@ -39,14 +39,17 @@ HEADER = ("artifact", "phase", "bound by", "MBU", "MFU", "of roofline", "FLOP/B"
 
 
 def attach(
-    report: Entry, costs: Costs, ceilings: Ceilings, host_s: HostTimes | None = None
+    report: Entry,
+    costs: Costs,
+    ceilings: Mapping[str, Ceilings],
+    host_s: HostTimes | None = None,
 ) -> None:
-    """Give every cell of the report its ``bottleneck``, the run its ``ceilings``.
+    """Give every cell of the report its ``bottleneck``, the run its ``ceilings`` by device.
 
     A step faster than physics makes its class null and is added to ``run.invalid_reasons``.
     """
     run = report["run"]
-    run["ceilings"] = ceilings.entry()
+    run["ceilings"] = {device: found.entry() for device, found in ceilings.items()}
     run.setdefault("invalid_reasons", [])
     book = _Book(report=report, costs=costs, ceilings=ceilings, host_s=host_s or {})
     for artifact in report["artifacts"]:
@@ -92,7 +95,8 @@ class _Book:
 
     report: Entry
     costs: Costs
-    ceilings: Ceilings
+    ceilings: Mapping[str, Ceilings]
+    """Of each device that an artifact ran on."""
     host_s: HostTimes
     impossible: list[str] = field(default_factory=list)
 
@@ -153,7 +157,8 @@ class _Book:
             "reasons": reasons,
         }
         if kind is not None:
-            bound = Bound(kind=kind, cost=cost, found=step.use, host=host, ceilings=self.ceilings)
+            ceilings = self.ceilings[artifact["device"]]
+            bound = Bound(kind=kind, cost=cost, found=step.use, host=host, ceilings=ceilings)
             where = Place(report=self.report, artifact=artifact, cell=cell, phase=phase)
             found["remedies"] = [outcome(r, where) for r in remedies(bound)]
         return found
@@ -173,11 +178,12 @@ class _Book:
         if wall is None:
             return None, cell["reasons"].get(TIMES[phase], "it was not timed")
         cost = self._cost(phase, artifact, cell)
-        if cost is None:
+        ceilings = self.ceilings.get(artifact["device"])
+        if cost is None or ceilings is None:
             return None, NO_COST
         tokens = cell["batch"] * (cell["prompt_tokens"] if phase == "prefill" else 1)
         try:
-            whole = roofline.use(cost, wall, self.ceilings)  # the check is on what was measured
+            whole = roofline.use(cost, wall, ceilings)  # the check is on what was measured
         except ImpossibleError as error:
             reason = f"{artifact['name']}, {cell_of(cell)}, {phase}: {error}"
             if reason not in self.impossible:
@@ -231,5 +237,8 @@ class _Book:
         own, before = (self._cost(phase, a, cell) for a in (artifact, base))
         if artifact is base or own is None or before is None:
             return None
-        floors = [roofline.floor_s(cost, self.ceilings) for cost in (before, own)]
+        floors = [
+            roofline.floor_s(cost, self.ceilings[device])
+            for cost, device in ((before, base["device"]), (own, artifact["device"]))
+        ]
         return promised(before.bytes / own.bytes, floors[0] / floors[1], cell, phase)

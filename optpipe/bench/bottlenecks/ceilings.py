@@ -80,19 +80,21 @@ def curve(found: Mapping[float, float]) -> tuple[tuple[float, float], ...]:
     return tuple((size, max(found[s] for s in sizes if s >= size)) for size in sizes)
 
 
-def measure(threads: int, working_sets: Iterable[float] = ()) -> Ceilings:
-    """Measure the CUDA device if there is one, else ``threads`` cores; takes a few seconds.
+def measure_gpu(working_sets: Iterable[float] = ()) -> Ceilings:
+    """Measure the CUDA device; ``working_sets`` are sizes, in bytes, to measure exactly."""
+    wanted = {min(max(size, GPU_SIZES[0]), GPU_SIZES[-1]) for size in working_sets}
+    found = {size: _fastest(_gpu_rate, size, "cuda") for size in {*GPU_SIZES, *wanted}}
+    rates = _matrix_rates(_gpu_rate, GPU_SHAPES, "cuda")
+    return Ceilings(bandwidth=curve(found), flops_per_s=rates)
 
-    ``working_sets`` are sizes, in bytes, to measure exactly. Sets the threads of this process to
-    one, so call it in a process of its own.
+
+def measure_cpu(threads: int, working_sets: Iterable[float] = ()) -> Ceilings:
+    """Measure ``threads`` cores; takes a few seconds.
+
+    Sets the threads of this process to one, so call it in a process of its own.
     """
     import torch  # here: the parent of a benchmark reads Ceilings and imports no torch
 
-    if torch.cuda.is_available():
-        wanted = {min(max(size, GPU_SIZES[0]), GPU_SIZES[-1]) for size in working_sets}
-        found = {size: _fastest(_gpu_rate, size, "cuda") for size in {*GPU_SIZES, *wanted}}
-        rates = _matrix_rates(_gpu_rate, GPU_SHAPES, "cuda")
-        return Ceilings(bandwidth=curve(found), flops_per_s=rates)
     torch.set_num_threads(1)  # one loop a thread: see the top of this file
     room = min(CPU_SIZES[-1], machine.available_bytes() / 4)
     wanted = {min(max(size, CPU_SIZES[0]), room) for size in (*CPU_SIZES, *working_sets)}

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from optpipe.bench.bottlenecks.bottleneck import Costs, HostTimes
-from optpipe.bench.bottlenecks.ceilings import Ceilings, measure
+from optpipe.bench.bottlenecks.ceilings import Ceilings, measure_cpu, measure_gpu
 from optpipe.bench.bottlenecks.cost import PhaseCosts
 from optpipe.bench.bottlenecks.realised import TIMES
 from optpipe.bench.bottlenecks.roofline import floor_s
 from optpipe.bench.scenario import Cell
 from optpipe.bench.worker import Arm
+
+CPU = "cpu"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,15 +27,21 @@ class Physics:
     """What :func:`optpipe.bench.bottlenecks.bottleneck.attach` needs beside a report."""
 
     costs: Costs
-    ceilings: Ceilings
+    ceilings: Mapping[str, Ceilings]
+    """Of each device that an arm ran on."""
     host_s: HostTimes
+    """Of arms on a CPU."""
+    devices: Mapping[str, str]
+    """Arm -> device."""
+    busy_s: HostTimes = field(default_factory=dict)
+    """Seconds the GPU works in a step, of arms on one that can be held back."""
 
     @property
     def floors(self) -> dict[tuple[str, Cell], dict[str, float]]:
         """(arm, cell) -> the least seconds that the ceilings allow each of its times."""
         return {
             key: {
-                metric: floor_s(phase, self.ceilings)
+                metric: floor_s(phase, self.ceilings[self.devices[key[0]]])
                 for metric, phase in (("prefill_s", cost.prefill), ("tpot_s", cost.decode))
                 if phase is not None
             }
@@ -41,22 +49,25 @@ class Physics:
         }
 
 
-def survey(arms: Sequence[Arm], cells: Sequence[Cell], threads: int) -> Physics:
-    """Costs and host times of every arm in every cell, and ceilings at their working sets.
+def survey(
+    arms: Sequence[Arm], cells: Sequence[Cell], threads: int, devices: Mapping[str, str]
+) -> Physics:
+    """Costs and times of every arm in every cell, and ceilings of the devices they ran on.
 
-    Opens the artifacts one by one. Nothing else should run meanwhile: call it before the workers
-    of a session start or after they ended.
+    ``devices``: arm -> 'cpu' or the name of a GPU, as its worker told. Opens the artifacts one by
+    one. Nothing else should run meanwhile: call it before the workers of a session start or after
+    they ended.
     """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as child:
-        return child.submit(_survey, list(arms), list(cells), threads).result()
+        return child.submit(_survey, list(arms), list(cells), threads, dict(devices)).result()
 
 
-def _survey(arms: Sequence[Arm], cells: Sequence[Cell], threads: int) -> Physics:
+def _survey(
+    arms: Sequence[Arm], cells: Sequence[Cell], threads: int, devices: Mapping[str, str]
+) -> Physics:
     os.environ["KINETO_LOG_LEVEL"] = "99"  # torch's profiler would write to the screen
-    import torch
-
-    from optpipe.bench.bottlenecks import executed, profile  # here: they import torch, too
+    from optpipe.bench.bottlenecks import executed, profile  # here: they import torch
 
     costs = {
         (arm.name, cell): cost
@@ -64,12 +75,21 @@ def _survey(arms: Sequence[Arm], cells: Sequence[Cell], threads: int) -> Physics
         for cell, cost in executed.costs(arm.artifact, arm.dtype, cells).items()
     }
     host_s: dict[tuple[str, Cell], dict[str, float]] = {}
-    if not torch.cuda.is_available():  # where kernels run beside the host, CUDA events must tell
-        for arm in arms:
+    busy_s: dict[tuple[str, Cell], dict[str, float]] = {}
+    for arm in arms:
+        if devices[arm.name] == CPU:
             spent = profile.host_s(arm)
             host_s |= {(arm.name, cell): dict.fromkeys(TIMES, spent) for cell in cells}
-    sizes = {size for cost in costs.values() for size in _sizes(cost)}
-    return Physics(costs=costs, ceilings=measure(threads, sizes), host_s=host_s)
+        else:
+            busy_s |= {(arm.name, c): of for c, of in profile.busy_s(arm, cells).items()}
+    sizes: dict[str, set[float]] = {device: set() for device in devices.values()}
+    for (name, _), cost in costs.items():
+        sizes[devices[name]] |= _sizes(cost)
+    ceilings = {
+        device: measure_cpu(threads, of) if device == CPU else measure_gpu(of)
+        for device, of in sorted(sizes.items(), key=lambda one: one[0] == CPU)
+    }
+    return Physics(costs=costs, ceilings=ceilings, host_s=host_s, devices=devices, busy_s=busy_s)
 
 
 def _sizes(cost: PhaseCosts) -> set[float]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,16 @@ import torch
 
 from optpipe.bench.backend import Backend, open_backend
 from optpipe.bench.ort import Ort
+from optpipe.bench.scenario import Cell
+from optpipe.bench.torch import Torch
 from optpipe.bench.worker import Arm
 from optpipe.export.graph import MODEL
 
 STEPS = 10
+WARM, HELD = 3, 3
+"""Steps of a GPU before one is held back, and steps that are."""
+HOLD, LEAST_S = 2.0, 0.01
+"""The GPU waits for so many times what the host needed at most to launch a step, and this."""
 VIEWS = frozenset(
     f"aten::{name}" for name in (
         "_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach", "empty", "empty_like",
@@ -43,6 +50,51 @@ def host_s(arm: Arm) -> float:
             _ort_kernels(arm, backend) if isinstance(backend, Ort) else _torch_kernels(backend)
         )
         return max(0.0, step_s - sum(min(times) for times in kernels.values()))
+
+
+def busy_s(arm: Arm, cells: Sequence[Cell]) -> dict[Cell, dict[str, float]]:
+    """Seconds a GPU works in a 'prefill' and in a 'decode' step of each cell. Opens the artifact.
+
+    The GPU is held back until a step is queued whole, so that it never waits for a launch; what
+    could not be queued in time is left out, and so is a runtime that cannot be held back.
+    """
+    found: dict[Cell, dict[str, float]] = {}
+    with open_backend(arm.artifact, arm.threads, arm.dtype) as backend:
+        if not isinstance(backend, Torch):
+            return {}
+        for cell in cells:
+            steps = {"prefill": cell.prompt_tokens}
+            if cell.new_tokens > 1:  # at the mean depth of its steps, with room for these
+                depth = cell.prompt_tokens + (cell.new_tokens - 2) // 2
+                steps["decode"] = max(min(depth, backend.capacity - WARM - HELD), 1)
+            times = {phase: _held(backend, phase, cell.batch, n) for phase, n in steps.items()}
+            found[cell] = {phase: s for phase, s in times.items() if s is not None}
+    return found
+
+
+def _held(backend: Torch, phase: str, batch: int, tokens: int) -> float | None:
+    """The least of a few steps of a batch that were queued whole before the GPU began."""
+    ids_BS = np.random.default_rng(0).integers(0, backend.vocab, (batch, tokens))
+    lengths_B = np.full(batch, tokens)
+    backend.prefill(ids_BS, lengths_B)
+    step: Callable[[], object] = (
+        (lambda: backend.prefill(ids_BS, lengths_B))
+        if phase == "prefill"
+        else (lambda: backend.decode(ids_BS[:, 0]))
+    )
+    for _ in range(WARM):
+        start = time.perf_counter()
+        step()
+        wall_s = time.perf_counter() - start
+    times = []
+    backend.hold_s = HOLD * wall_s + LEAST_S
+    for _ in range(HELD):
+        step()
+        device_s = backend.device_s()
+        if backend.queued and device_s:
+            times.append(device_s[-1])
+    backend.hold_s = 0.0
+    return min(times, default=None)
 
 
 def _steps(backend: Backend) -> list[float]:

@@ -110,8 +110,12 @@ def scaling(report: Entry, scenario: str, title: str) -> str:
 def roofline(report: Entry, index: int, title: str) -> str:
     """What every phase achieves against what this machine was measured to be able to do."""
     ceilings = report["run"].get("ceilings") or {}
-    roofs = {dtype: (c["bytes_per_s"], c["flops_per_s"]) for dtype, c in ceilings.items()
-             if c["bytes_per_s"] and c["flops_per_s"]}  # fmt: skip
+    roofs = {
+        dtype if len(ceilings) == 1 else f"{dtype}, {device}": (c["bytes_per_s"], c["flops_per_s"])
+        for device, of in ceilings.items()
+        for dtype, c in of.items()
+        if c["bytes_per_s"] and c["flops_per_s"]
+    }
     points = _achieved(report, index, roofs)
     if not points:
         return ""

@@ -201,8 +201,8 @@ class Served:
     """CPU time of all threads of the worker."""
     peak_bytes: int | None
     """None where the system does not keep a peak that can be reset."""
-    device_s: float | None = None
-    """What the device worked between events of its own; None on a CPU."""
+    device_s: tuple[float, ...] | None = None
+    """What the device worked in each step, between events of its own; None on a CPU."""
 
     @property
     def trace(self) -> Trace:

@@ -108,7 +108,7 @@ def _witness(samples: Sequence[Sample]) -> Iterator[str]:
     whole_s = [(done - s.submit_ns) / 1e9 for s, done in seen]
     if seen and median(after_s) > max(HIDDEN_S, HIDDEN_SHARE * median(whole_s)):
         yield f"hidden_work: {median(after_s):.3g} s pass after the last token before it answers"
-    device = [(s.device_s, w) for (s, _), w in zip(seen, whole_s, strict=True) if s.device_s]
+    device = [(sum(s.device_s), w) for (s, _), w in zip(seen, whole_s, strict=True) if s.device_s]
     if any(device_s > (1 + IDENTITY) * wall_s for device_s, wall_s in device):
         yield "device_exceeds_wall: its device worked longer than the request took"
 

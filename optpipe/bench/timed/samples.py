@@ -39,8 +39,8 @@ class Sample:
     """Rows that every step answered."""
     done_ns: int | None = None
     """When the parent, not the arm, saw the end of it."""
-    device_s: float | None = None
-    """Work of the device between events of its own; None on a CPU."""
+    device_s: tuple[float, ...] | None = None
+    """Work of the device in each step, between events of its own; None on a CPU."""
     probe_s: float | None = None
     """A fixed piece of work timed around it, where arms could not be resident together."""
     note: str | None = None
