@@ -13,7 +13,7 @@ from typing import Any
 from optpipe.artifact import Artifact
 from optpipe.bench import machine, preflight, report
 from optpipe.bench.bottlenecks import bottleneck, host
-from optpipe.bench.bottlenecks.physics import survey
+from optpipe.bench.bottlenecks.physics import Physics, survey
 from optpipe.bench.fidelity import gate, quality
 from optpipe.bench.outcome import Outcome
 from optpipe.bench.pages import tables
@@ -55,9 +55,7 @@ def run(
     with shown("bench") as progress:
         outcome = measure_arms(arms(artifacts, bench), bench, scenarios, progress, tasks)
         progress("bottlenecks", 0, 1)
-        alive = [arm for arm in outcome.arms if outcome.absent(arm.name) is None]
-        devices = {name: told.device for name, told in outcome.loaded.items()}
-        physics = survey(alive, outcome.cells, bench.thread_count, devices)
+        physics = _physics(outcome)
         outcome.floors = physics.floors
     facts = {
         **context,
@@ -72,13 +70,21 @@ def run(
         "scenarios": {name: asdict(scenario) for name, scenario in scenarios.items()},
     }
     found = report.build(outcome, facts)
-    timed_s = host.from_events(outcome.measured.samples, physics.busy_s)
-    bottleneck.attach(found, physics.costs, physics.ceilings, {**physics.host_s, **timed_s})
+    bottleneck.attach(found, physics.costs, physics.ceilings, physics.host_s)
     report.write(found, outcome.measured.samples, out)
     tables.show(found)
     _whole(outcome)
     gate.check(found, bench.quality, [*outcome.changed.values(), *outcome.unlike])
     return found
+
+
+def _physics(outcome: Outcome) -> Physics:
+    """Ceilings, costs and host times of all arms that are alive."""
+    alive = [arm for arm in outcome.arms if outcome.absent(arm.name) is None]
+    devices = {arm.name: outcome.loaded[arm.name].device for arm in alive}
+    found = survey(alive, outcome.cells, outcome.bench.thread_count, devices)
+    timed_s = host.from_events(outcome.measured.samples, found.busy_s)
+    return replace(found, host_s={**found.host_s, **timed_s})
 
 
 def arms(artifacts: Sequence[Artifact], bench: BenchConfig) -> list[Arm]:
