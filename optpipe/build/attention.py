@@ -71,9 +71,10 @@ class AttentionRule:
         output = f"{parts.outputs[0]}/qkv"
 
         def emit() -> None:
-            self._emit(parts, [self.lowering.emit_nbits(products, output), "", ""])
+            self._emit(parts, [self.lowering.emit(products, output), "", ""])
 
-        return Match([products[0].x, *parts.rotary], parts.outputs, emit)
+        inputs = [*self.lowering.sources(products), *parts.rotary]
+        return Match(inputs, parts.outputs, emit)
 
     def _emit(self, parts: Parts, qkv: list[str]) -> None:
         shapes = {v.name: v.type.tensor_type.shape.dim for v in self.lowering.old.output}

@@ -20,6 +20,8 @@ import onnxruntime as ort
 
 CACHE_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 PAST, PRESENT = "past_key_values", "present"
+EXACT_INTEGERS = "session.x64quantprecision"
+"""Asks for slower products of 8-bit integers, which never saturate."""
 
 
 @dataclass
@@ -43,6 +45,10 @@ class Engine:
         options.log_severity_level = 3
         # a canonical graph promises float activations: do not let the fusion make them int8
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+        if (settings := folder / "session.json").is_file():
+            for key, value in json.loads(settings.read_text()).items():
+                if key != EXACT_INTEGERS or not has_vnni():
+                    options.add_session_config_entry(key, value)
         file = str(folder / "model.onnx")
         self.session = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
         self.names = [value.name for value in self.session.get_inputs()]
@@ -138,6 +144,12 @@ class Engine:
             _bind_array(binding.bind_input, name, part)
             _bind_array(binding.bind_output, name.replace(PAST, PRESENT), part)
         return Call(binding, inputs, logits)
+
+
+def has_vnni() -> bool:
+    """Whether this CPU has instructions for products of 8-bit integers that do not saturate."""
+    about = Path("/proc/cpuinfo")
+    return about.is_file() and "vnni" in about.read_text()
 
 
 def _bind_array(bind: Any, name: str, array: np.ndarray) -> None:

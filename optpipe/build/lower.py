@@ -4,6 +4,7 @@ Each rule matches a few canonical nodes and stands for them in the new graph:
 
     Reshape, Transpose, RotaryEmbedding, TensorScatter, Attention -> GroupQueryAttention
     DequantizeLinear, MatMul [, Add]                              -> MatMulNBits
+    the same of int8 weights and inputs rounded to int8           -> MatMulIntegerToFloat
     [Add,] RMSNormalization                                       -> [Skip]SimplifiedLayerNorm
     Sigmoid, Mul                                                  -> QuickGelu (alpha 1 is SiLU)
 
@@ -18,9 +19,9 @@ from pathlib import Path
 import numpy as np
 from onnx import NodeProto, helper
 
+from optpipe.build import integer, nbits
 from optpipe.build.attention import AttentionRule, emit_lengths
 from optpipe.build.match import CONTRIB, Match, Product
-from optpipe.build.nbits import Codes, block_codes, concatenate
 from optpipe.export.graph import Graph, read, tensor
 
 
@@ -41,7 +42,7 @@ class Lowering:
         emit_lengths(self.new)
         for match in live:
             for name in match.inputs:
-                self._keep(name)
+                self.keep(name)
             match.emit()
         used = {name for node in self.new.nodes for name in node.input}
         self.new.inputs.extend(v for v in self.old.input if v.name in used)
@@ -80,7 +81,7 @@ class Lowering:
             stack.extend((made[name], False) for name in match.inputs if name in made)
         return list(order.values())
 
-    def _keep(self, name: str) -> None:
+    def keep(self, name: str) -> None:
         """Bring a weight along that a copied node still uses."""
         if name in self.weights and name not in self.new.initializers:
             proto = self.weights[name]
@@ -104,31 +105,46 @@ class Lowering:
         weight = self.maker.get(node.input[1])
         if weight is None or weight.op_type != "DequantizeLinear":
             return None
-        dtype = self.weights[weight.input[0]].data_type
-        return Product(node.input[0], weight, dtype, bias)
+        dtype, x = self.weights[weight.input[0]].data_type, self.maker.get(node.input[0])
+        rounded = None
+        if x is not None and x.op_type == "DequantizeLinear":
+            rounded = self.maker[x.input[0]]
+        product = Product(node.input[0], weight, dtype, bias, rounded)
+        if rounded is None:
+            return product if dtype in nbits.TYPES else None
+        return product if integer.takes(self, product) else None
 
     def _product(self, node: NodeProto) -> Match | None:
         product = self.quantized(node.output[0])
-        return self._nbits([product], node.output[0]) if product else None
+        return self._projected([product], node.output[0]) if product else None
 
     def _biased_product(self, node: NodeProto) -> Match | None:
         product = self.quantized(node.output[0])
-        return self._nbits([product], node.output[0]) if product and product.bias else None
+        return self._projected([product], node.output[0]) if product and product.bias else None
 
-    def _nbits(self, products: list[Product], output: str) -> Match:
-        return Match([products[0].x], [output], lambda: self.emit_nbits(products, output))
+    def _projected(self, products: list[Product], output: str) -> Match:
+        return Match(self.sources(products), [output], lambda: self.emit(products, output))
 
-    def emit_nbits(self, products: list[Product], output: str) -> str:
-        """One MatMulNBits for projections of the same x, side by side."""
-        codes = concatenate([self._codes(p.dequantize) for p in products])
+    def sources(self, products: list[Product]) -> list[str]:
+        """What the stand-in of projections of the same x needs."""
+        rounded = products[0].rounded
+        return [products[0].x] if rounded is None else list(rounded.input[:2])
+
+    def emit(self, products: list[Product], output: str) -> str:
+        """One operator for projections of the same x, side by side."""
+        if products[0].rounded is None:
+            return self._emit_nbits(products, output)
+        return integer.emit(self, products, output)
+
+    def _emit_nbits(self, products: list[Product], output: str) -> str:
+        codes = nbits.concatenate([self._codes(p.dequantize) for p in products])
         name = f"{output}/nbits"
         inputs = [products[0].x, self.new.constant(f"{name}.codes", codes.blocks)]
         inputs.append(self.new.constant(f"{name}.scales", codes.scales))
         zeros = codes.zeros
         inputs.append("" if zeros is None else self.new.constant(f"{name}.zeros", zeros))
         if products[0].bias:
-            biases = [tensor(self.source, self.weights[p.bias or ""]) for p in products]
-            inputs += ["", self.new.constant(f"{name}.bias", np.concatenate(biases))]
+            inputs += ["", self.biases(products, f"{name}.bias")]
         return self.new.node(
             "MatMulNBits",
             inputs,
@@ -141,11 +157,19 @@ class Lowering:
             accuracy_level=self.accuracy_level,
         )
 
-    def _codes(self, dequantize: NodeProto) -> Codes:
+    def biases(self, products: list[Product], name: str) -> str:
+        biases = [self.weight(p.bias or "") for p in products]
+        return self.new.constant(name, np.concatenate(biases))
+
+    def weight(self, name: str) -> np.ndarray:
+        """A weight of the canonical graph."""
+        return tensor(self.source, self.weights[name])
+
+    def _codes(self, dequantize: NodeProto) -> nbits.Codes:
         weight, scales = (self.weights[name] for name in dequantize.input[:2])
         zeros = self.weights[dequantize.input[2]] if len(dequantize.input) > 2 else None
         attributes = {a.name: helper.get_attribute_value(a) for a in dequantize.attribute}
-        return block_codes(
+        return nbits.block_codes(
             tensor(self.source, weight),
             weight,
             tensor(self.source, scales),

@@ -24,10 +24,13 @@ class Product:
     """x @ weight (+ bias) of one quantized projection."""
 
     x: str
+    """Its inputs as the canonical graph multiplies them."""
     dequantize: NodeProto
     dtype: int
     """Element type of the codes."""
     bias: str | None
+    rounded: NodeProto | None
+    """The QuantizeLinear behind ``x``, if it is rounded."""
 
     @property
     def grid(self) -> tuple[object, ...]:

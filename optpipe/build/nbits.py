@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 SIGNED = (TensorProto.INT4, TensorProto.INT8)
+TYPES = (*SIGNED, TensorProto.UINT4, TensorProto.UINT8)
 NARROW = (TensorProto.INT4, TensorProto.UINT4)
 CHANNEL_BLOCK = 128  # a scale per channel is repeated for each block of this many inputs
 

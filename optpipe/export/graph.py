@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,14 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
-MODEL, DATA = "model.onnx", "model.onnx.data"
+MODEL, DATA, SESSION = "model.onnx", "model.onnx.data", "session.json"
+UNFUSED_SESSION = {"session.disable_quant_qdq": "1"}
+"""For a graph with float8, or with rounded inputs and weights in blocks: ONNX Runtime 1.31 fuses
+those into MatMulIntegerToFloat, too, and then refuses its own graph. Weights become floats when it
+loads the graph."""
+INTEGER_SESSION = {"session.x64quantprecision": "1"}
+"""For products of 8-bit integers, which would saturate at 16 bits where a CPU has no VNNI; the
+loader leaves it out where there is one, because there it is 3.5 times slower."""
 OPSET = 24
 IR_VERSION = 11
 ALIGN = 4096  # a page, so that a runtime can map a weight instead of reading it
@@ -18,7 +26,10 @@ INLINE_BYTES = 1024  # constants up to this size stay in the .onnx file
 
 
 class Graph:
-    """Nodes, inputs, outputs, weights; ``save`` writes MODEL, the weights are in DATA by then."""
+    """Nodes, inputs, outputs, weights; ``save`` writes MODEL, the weights are in DATA by then.
+
+    SESSION holds the settings ONNX Runtime needs to run the graph, if it needs any.
+    """
 
     def __init__(self, out: Path, contrib: bool = False) -> None:
         self.out = out
@@ -89,6 +100,25 @@ class Graph:
         )
         helper.set_model_props(model, metadata)
         (self.out / MODEL).write_bytes(model.SerializeToString(deterministic=True))
+        session: dict[str, str] = {}
+        if self._misread():
+            session |= UNFUSED_SESSION
+        if any(node.op_type == "MatMulIntegerToFloat" for node in self.nodes):
+            session |= INTEGER_SESSION
+        if session:
+            (self.out / SESSION).write_text(json.dumps(session) + "\n")
+
+    def _misread(self) -> bool:
+        if any(w.data_type == TensorProto.FLOAT8E4M3FN for w in self.initializers.values()):
+            return True
+        rounds = any(node.op_type == "QuantizeLinear" for node in self.nodes)
+        weights = [
+            n
+            for n in self.nodes
+            if n.op_type == "DequantizeLinear"
+            if n.input[0] in self.initializers
+        ]
+        return rounds and any(a.name == "block_size" for n in weights for a in n.attribute)
 
 
 def read(folder: Path) -> onnx.ModelProto:

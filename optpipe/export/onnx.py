@@ -4,7 +4,9 @@ The emitter walks the description of the model (:mod:`optpipe.family`) and strea
 time from the checkpoint to the file. The form is the one that every runtime computes alike: a
 static-capacity cache written by TensorScatter, Attention with an explicit boolean mask made from
 ``position_ids`` (TensorRT's parser ignores ``nonpad_kv_seqlen`` and reads ``is_causal`` as
-upper-left, without a warning), integer weights as DequantizeLinear of their codes.
+upper-left, without a warning), quantized weights as DequantizeLinear of their codes, rounded
+inputs as QuantizeLinear and DequantizeLinear. Rounded with a scale per token, these two work on
+blocks as wide as a token, which TensorRT does not take.
 
 Inputs, with B rows, S tokens of this call, L positions whose logits are wanted, P the capacity:
 
@@ -84,7 +86,8 @@ def graph_bits(layers: Layers, rest: int, float_bits: int) -> float:
     for form in layers.values():
         code = float_bits if form.bits is None else max(4, form.bits)
         per_group = 0 if form.bits is None else float_bits + (0 if form.symmetric else code)
-        bits += form.rows * (form.cols * code + form.groups * per_group)
+        bits += form.rows * form.cols * code + form.scales * per_group
+        bits += float_bits * form.static_inputs
     return bits
 
 

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from optpipe import model
 from optpipe.checkpoint import Checkpoint
 from optpipe.export.graph import Graph
-from optpipe.linear import LowRank, Quantized, pack
+from optpipe.linear import LARGEST, PER_TENSOR, Form, LowRank, Quantized, pack
 
 ONNX_DTYPES = {
     torch.float32: TensorProto.FLOAT,
     torch.float16: TensorProto.FLOAT16,
 }
+NUMBERS = {"int8": TensorProto.INT8, "fp8": TensorProto.FLOAT8E4M3FN}
 BUFFER = 1 << 15
 """Elements converted at a time: few enough to stay in the cache and for one thread of torch."""
 
@@ -30,6 +31,7 @@ class Weights:
         self.graph, self.checkpoint, self.dtype = graph, checkpoint, dtype
         self.onnx_dtype = ONNX_DTYPES[dtype]
         self._buffer = torch.empty(BUFFER, dtype=dtype)
+        self._rounded: dict[tuple[str, str, float | None], str] = {}
 
     def linear(self, x: str, name: str, output: str | None = None) -> str:
         """y = x @ W.T + b for the layer ``name``, whatever its form."""
@@ -44,6 +46,7 @@ class Weights:
         assert isinstance(module, nn.Linear | Quantized)
         if isinstance(module, Quantized):
             weight = self._codes(name, module)
+            x = self._round(x, name, module)
         else:
             weight = self.tensor(f"{name}.weight", module.weight.T)
         output = output or name
@@ -53,26 +56,65 @@ class Weights:
         return self.graph.node("Add", [y, self.tensor(f"{name}.bias", module.bias)], output)
 
     def _codes(self, name: str, module: Quantized) -> str:
-        """DequantizeLinear of a (K, N) weight, in blocks along K or per channel.
+        """DequantizeLinear of a (K, N) weight, in blocks along K, per channel or per tensor.
 
         Symmetric codes become signed integers without a zero point, which is all that TensorRT
         takes; fewer than 4 bits travel in 4-bit integers.
         """
         form, g = module.form, self.graph
         assert form.bits is not None
-        zero = 2 ** (form.bits - 1)
         symmetric = module.zeros is None
-        inputs = [
-            self._integers(f"{name}.codes", module.codes, form.bits, zero if symmetric else 0),
-            self.tensor(f"{name}.scales", self._by_column(module.scales)),
-        ]
+        if form.number == "fp8":
+            shape = (form.cols, form.rows)
+            bytes_CR = module.codes.T.contiguous().numpy()
+            codes = g.raw(f"{name}.codes", NUMBERS["fp8"], shape, [bytes_CR])
+        else:
+            zero = 2 ** (form.bits - 1) if symmetric else 0
+            codes = self._integers(f"{name}.codes", module.codes, form.bits, zero)
+        inputs = [codes, self.tensor(f"{name}.scales", self._by_column(form, module.scales))]
         if module.zeros is not None:
-            zeros = self._integers(f"{name}.zeros", module.zeros, form.bits, 0)
-            inputs.append(zeros)
-        where: dict[str, Any] = (
-            {"axis": 1} if form.groups == 1 else {"axis": 0, "block_size": form.group_size}
-        )
+            inputs.append(self._integers(f"{name}.zeros", module.zeros, form.bits, 0))
+        where: dict[str, Any] = {}
+        if form.group_size != PER_TENSOR:
+            blocks = {"axis": 0, "block_size": form.group_size}
+            where = {"axis": 1} if form.groups == 1 else blocks
         return g.node("DequantizeLinear", inputs, f"{name}.dequantized", **where)
+
+    def _round(self, x: str, name: str, module: Quantized) -> str:
+        """Quantize and DequantizeLinear of the inputs, once for layers that share them."""
+        form, g = module.form, self.graph
+        if form.inputs is None:
+            return x
+        static = module.input_scale
+        key = (x, form.inputs, None if static is None else float(static))
+        if key in self._rounded:
+            return self._rounded[key]
+        number = form.inputs.partition("_")[0]
+        where: dict[str, Any] = {}
+        if static is None:  # a block is all of a token, and so is the last axis
+            scale = self._token_scale(x, name, LARGEST[number])
+            where = {"axis": -1, "block_size": form.cols}
+            g.node("QuantizeLinear", [x, scale], f"{name}.codes_in", **where,
+                   output_dtype=NUMBERS[number])  # fmt: skip
+            inputs = [f"{name}.codes_in", scale]
+        else:
+            scale = self.tensor(f"{name}.input_scale", static)
+            zero = g.raw(f"zero.{number}", NUMBERS[number], (), [np.zeros(1, np.uint8)])
+            inputs = [g.node("QuantizeLinear", [x, scale, zero], f"{name}.codes_in"), scale, zero]
+        rounded = g.node("DequantizeLinear", inputs, f"{name}.rounded_in", **where)
+        self._rounded[key] = rounded
+        return rounded
+
+    def _token_scale(self, x: str, name: str, largest: float) -> str:
+        """The largest magnitude of each token over ``largest``, (B, S, 1)."""
+        g = self.graph
+        axes = g.constant("last_axis", np.array([-1], np.int64))
+        y = g.node("Abs", [x], f"{name}.magnitudes_in")
+        y = g.node("ReduceMax", [y, axes], f"{name}.largest_in", keepdims=1)
+        y = g.node("Div", [y, self.scalar(f"{largest:g}", largest)], f"{name}.steps_in")
+        # a token of zeros stays one
+        least = self.scalar("least_scale", 2.0 ** (-24 if self.dtype == torch.float16 else -126))
+        return g.node("Max", [y, least], f"{name}.scale_in")
 
     def _integers(self, name: str, codes_RC: Tensor, bits: int, zero: int) -> str:
         """``codes - zero``, transposed, as (U)INT4 or (U)INT8; unsigned when ``zero`` is 0."""
@@ -90,8 +132,10 @@ class Weights:
         return self.graph.raw(name, dtype, shape, [pairs.T.contiguous().numpy()])
 
     @staticmethod
-    def _by_column(grouped_RG: Tensor) -> Tensor:
-        """(R, G) to (G, R), or to (R) for one group."""
+    def _by_column(form: Form, grouped_RG: Tensor) -> Tensor:
+        """(R, G) to (G, R), or to (R) for one group, or to a scalar."""
+        if form.group_size == PER_TENSOR:
+            return grouped_RG.reshape(())
         return grouped_RG[:, 0] if grouped_RG.shape[1] == 1 else grouped_RG.T
 
     def norm(self, x: str, name: str) -> str:

@@ -8,7 +8,7 @@ from optpipe.checkpoint import Checkpoint, Writer
 from optpipe.linear import Form, Quantized, encode
 
 
-def round_to_nearest(weight, bits, group_size, symmetric):
+def round_to_nearest(weight, bits, group_size, symmetric, inputs=None):
     rows, cols = weight.shape
     groups = weight.reshape(rows, -1, cols if group_size == -1 else group_size)
     top = 2**bits - 1
@@ -20,9 +20,31 @@ def round_to_nearest(weight, bits, group_size, symmetric):
         scales = ((high - low) / top).half()
         zeros = (-low / scales.float()).round().clamp(0, top)
     codes = (groups / scales.float()[..., None]).round() + zeros[..., None].float()
-    form = Form(rows=rows, cols=cols, bits=bits, group_size=group_size, symmetric=symmetric)
+    form = Form(
+        rows=rows, cols=cols, bits=bits, group_size=group_size, symmetric=symmetric, inputs=inputs
+    )
     module = Quantized(form, codes.clamp(0, top).reshape(rows, cols), scales)
     module.zeros = None if symmetric else zeros.to(torch.uint8)
+    return module
+
+
+def float8(weight, group_size, inputs):
+    rows, cols = weight.shape
+    width = {-1: cols, 0: rows * cols}.get(group_size, group_size)
+    groups = weight.reshape(-1, width)
+    scales = (groups.abs().amax(-1, True) / 448).half()
+    scales[scales == 0] = 1
+    codes = (groups / scales.float()).clamp(-448, 448).to(torch.float8_e4m3fn)
+    form = Form(rows=rows, cols=cols, bits=8, number="fp8", group_size=group_size, inputs=inputs)
+    scales = scales.reshape(1 if group_size == 0 else rows, -1)
+    return Quantized(form, codes.view(torch.uint8).reshape(rows, cols), scales)
+
+
+def scale_inputs(module, largest=4.0):
+    """Where the form wants a scale beforehand; a few inputs are beyond it."""
+    if module.form.static_inputs:
+        top = 127 if module.form.inputs.startswith("int8") else 448
+        module.input_scale = torch.tensor(largest / top).half()
     return module
 
 
@@ -33,18 +55,22 @@ def factors(weight, rank):
 
 @pytest.fixture
 def compressed(tmp_path):
-    """compressed(folder, bits, group_size, symmetric) -> folder of the quantized model.
+    """compressed(folder, bits, group_size, symmetric, number, inputs) -> folder of the result.
 
     The last layer of each MLP becomes two quantized factors of rank 32; the head is quantized.
     """
 
-    def make(folder, bits, group_size, symmetric):
+    def make(folder, bits, group_size, symmetric, number="int", inputs=None):
         source, out = Checkpoint(folder), tmp_path / "compressed"
         out.mkdir()
         lm, writer, forms = model.load(source), Writer(out, source), {}
 
         def add(name, weight, bias):
-            module = round_to_nearest(weight, bits, group_size, symmetric)
+            if number == "fp8":
+                module = float8(weight, group_size, inputs)
+            else:
+                module = round_to_nearest(weight, bits, group_size, symmetric, inputs)
+            module = scale_inputs(module)
             module.bias = bias
             forms[name] = module.form
             writer.add(name, encode(name, module, module.form, source.dtype))
