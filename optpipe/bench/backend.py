@@ -113,6 +113,7 @@ BACKENDS = {
     "onnx": "optpipe.bench.ort.Ort",
     "ort": "optpipe.bench.ort.Ort",
     "vllm": "optpipe.bench.vllm.Vllm",
+    "trtllm": "optpipe.bench.trtllm.Trtllm",
 }
 """Format of an artifact -> the class that opens it, imported only when it is needed."""
 

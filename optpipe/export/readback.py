@@ -20,7 +20,10 @@ from optpipe.errors import GateError
 from optpipe.export.folder import parameters
 from optpipe.linear import Layers, Quantized, weight_of
 
-READERS = {"vllm": "optpipe.export.vllm.read"}
+READERS = {
+    "vllm": "optpipe.export.vllm.read",
+    "trtllm": "optpipe.export.trtllm.read",
+}
 """Format of an artifact -> what reads it: (folder, layers) -> names of the plain model, tensors."""
 Reader = Callable[[Path, Layers], Iterator[tuple[str, Tensor]]]
 EXACT = 2.0**-22

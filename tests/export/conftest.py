@@ -1,6 +1,8 @@
 """Models in float16, and quantized in every form there is, without calibration."""
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,10 +11,10 @@ from optpipe import model
 from optpipe.artifact import Artifact
 from optpipe.blockwise import rewrite
 from optpipe.checkpoint import Checkpoint
-from optpipe.linear import LARGEST, PER_TENSOR, Quantized, to_fp8
 
-INPUT_SCALE = 0.0125732421875
-"""Exact in float16."""
+sys.path.insert(0, str(Path(__file__).parent))
+
+from eight_bits import eight_bit_layer
 
 
 @pytest.fixture(scope="module")
@@ -52,21 +54,3 @@ def eight_bits(tmp_path):
         return Artifact(path=out, format="hf", key="k", lineage=("quant",))
 
     return make
-
-
-def eight_bit_layer(layer, form):
-    """Rounded to the nearest code, with scales from the largest weight."""
-    largest = layer.weight.abs().amax(1, keepdim=True)
-    if form.group_size == PER_TENSOR:
-        largest = largest.amax(0, keepdim=True)
-    scales = (largest * 1.001 / LARGEST["fp8" if form.number == "fp8" else "int8"]).half()
-    numbers = layer.weight / scales.float()
-    if form.number == "fp8":
-        codes = to_fp8(numbers).view(torch.uint8)
-    else:
-        codes = (numbers.round().clamp(-128, 127) + 128).to(torch.uint8)
-    quantized = Quantized(form, codes, scales)
-    quantized.bias = layer.bias
-    if form.static_inputs:
-        quantized.input_scale = torch.tensor(INPUT_SCALE).half()
-    return quantized

@@ -1,0 +1,230 @@
+"""A unified Hugging Face checkpoint: for TensorRT-LLM from 1.3 on, which builds no engines.
+
+The layout is that of NVIDIA's Model-Optimizer (its docs, deployment/3_unified_hf), the codes and
+scales are those of our layers. Shapes: R outputs, C inputs, G scales a row. A layer NAME becomes
+
+    W4A16_AWQ   NAME.weight (R / 2, C) uint8: rows 2i in the low and 2i + 1 in the high four bits,
+                in two's complement         NAME.weight_scale (R, G) float32
+                NAME.pre_quant_scale (C), ones, where the loader insists on it
+    W8A16       NAME.weight (R, C) int8     NAME.weight_scale (R) float32
+    FP8         NAME.weight (R, C) float8_e4m3fn     NAME.weight_scale () NAME.input_scale ()
+    FP8_PER_CHANNEL_PER_TOKEN   the same with NAME.weight_scale (R) and no input_scale
+
+The loader joins q, k and v (gate and up) and, for FP8, rounds them again if their scales differ.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from optpipe import __version__, model
+from optpipe.artifact import Artifact, Stats
+from optpipe.checkpoint import Checkpoint
+from optpipe.errors import InputError
+from optpipe.export.folder import DTYPES, FUSED, Folder, check_dtype, check_layers, write_json
+from optpipe.export.vllm import eight_bit, scaled
+from optpipe.linear import PER_CHANNEL, PER_TENSOR, Form, Layers, Quantized
+from optpipe.stage import Progress, Stage
+
+INT4, INT8, FP8, FP8_TOKEN = "W4A16_AWQ", "W8A16", "FP8", "FP8_PER_CHANNEL_PER_TOKEN"
+JOINED = tuple(part for parts in FUSED for part in parts)
+REQUESTS, PROMPT, NEW = 32, 128, 128
+"""What bench.sh runs: requests, tokens in, tokens out."""
+SERVE = """\
+#!/bin/sh
+# An OpenAI endpoint of this model on port 8000; more options as arguments.
+exec trtllm-serve "$(dirname "$0")" --max_seq_len {context} "$@"
+"""
+BENCH = """\
+#!/bin/sh
+# {requests} requests of {prompt} tokens in and {new} out; more options as arguments.
+here=$(cd "$(dirname "$0")" && pwd)
+exec trtllm-bench --model optpipe --model_path "$here" throughput --backend pytorch --streaming \\
+    --dataset "$here/bench.jsonl" --report_json report.json "$@"
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trtllm(Stage):
+    """Write the checkpoint, and commands that serve and measure it."""
+
+    produces: ClassVar[str] = "trtllm"
+
+    dtype: str = "float16"
+    """Of all that is not quantized, and what it runs in: float16 or bfloat16. Int4 scales are
+    float32 in the file; a runtime in bfloat16 rounds them."""
+
+    def __post_init__(self) -> None:
+        check_dtype(self.dtype)
+
+    def plan(self, layers: Layers) -> Layers:
+        check_layers(layers, "TensorRT-LLM", algorithm)
+        _ = common_algorithm(layers)
+        return layers
+
+    def inputs(self, model: Checkpoint) -> None:
+        if model.decoder.transposed:
+            raise InputError(f"TensorRT-LLM has no family '{model.decoder.family}' any more")
+
+    def run(self, source: Artifact, out: Path, progress: Progress) -> Stats:
+        checkpoint = Checkpoint(source.path)
+        layers = model.layers(checkpoint)
+        told = common_algorithm(layers)
+        folder = Folder(checkpoint=checkpoint, out=out, dtype=self.dtype)
+        folder.write(self._encode, told and _quantization_config(layers, told), progress)
+        if told is not None:
+            write_json(out / "hf_quant_config.json", _hf_quant_config(layers, told))
+        _write_commands(checkpoint, out)
+        return {"dtype": self.dtype, **(told or {"quant_algo": None})}
+
+    def _encode(self, name: str, layer: Quantized) -> dict[str, Tensor]:
+        tensors = encode(name, layer)
+        if algorithm(layer.form)["quant_algo"] == INT4 and not name.endswith(JOINED):
+            ones = torch.ones(layer.form.cols, dtype=DTYPES[self.dtype])
+            tensors[f"{name}.pre_quant_scale"] = ones
+        return tensors
+
+
+def algorithm(form: Form) -> dict[str, Any]:
+    """How TensorRT-LLM calls layers of this form. Raises ValueError if it has none."""
+    if (form.number, form.inputs, form.group_size) == ("fp8", "fp8_tensor", PER_TENSOR):
+        return {"quant_algo": FP8}
+    if (form.number, form.inputs, form.group_size) == ("fp8", "fp8_token", PER_CHANNEL):
+        return {"quant_algo": FP8_TOKEN}
+    if form.number == "int" and form.inputs is not None:
+        raise ValueError(
+            "TensorRT-LLM from 1.3 on multiplies no int8 activations; export=vllm does, and int8 "
+            "weights alone work here"
+        )
+    weights = form.symmetric and form.number == "int"
+    if weights and (form.bits, form.group_size) == (8, PER_CHANNEL):
+        return {"quant_algo": INT8}
+    if weights and form.bits == 4 and form.group_size > 0 and form.rows % 2 == 0:
+        return {
+            "quant_algo": INT4,
+            "group_size": form.group_size,
+            "has_zero_point": False,
+            "pre_quant_scale": True,
+        }
+    raise ValueError(
+        "TensorRT-LLM loads symmetric int4 in groups, int8 by channel, fp8 by layer with fp8_tensor"
+        f" inputs or by channel with fp8_token inputs; got {form.bits}-bit {form.number}, "
+        f"group_size={form.group_size}, symmetric={form.symmetric}, inputs={form.inputs}"
+    )
+
+
+def common_algorithm(layers: Layers) -> dict[str, Any] | None:
+    """That of all quantized layers; None if there are none. Raises ValueError if they differ."""
+    found: dict[str, Any] | None = None
+    for name, form in layers.items():
+        if form.bits is None:
+            continue
+        own = algorithm(form)
+        if found not in (None, own):
+            raise ValueError(f"one checkpoint has one format: '{name}' is {own}, others {found}")
+        found = own
+    return found
+
+
+def _excluded(layers: Layers) -> list[str]:
+    return sorted([*(name for name, form in layers.items() if form.bits is None), EMBEDDING])
+
+
+EMBEDDING = "model.embed_tokens"
+
+
+def _hf_quant_config(layers: Layers, told: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "producer": {"name": "optpipe", "version": __version__},
+        "quantization": {
+            **told,
+            "kv_cache_quant_algo": None,
+            "exclude_modules": _excluded(layers),
+        },
+    }
+
+
+def _quantization_config(layers: Layers, told: dict[str, Any]) -> dict[str, Any]:
+    """The same in config.json, in the words of compressed-tensors where it has them."""
+    eight = {"dynamic": False, "num_bits": 8, "type": "float"}
+    group = {"input_activations": eight, "weights": eight, "targets": ["Linear"]}
+    return {
+        **({"config_groups": {"group_0": group}} if told["quant_algo"] == FP8 else {}),
+        "ignore": _excluded(layers),
+        "quant_algo": told["quant_algo"],
+        "producer": {"name": "optpipe", "version": __version__},
+        "quant_method": "modelopt",
+    }
+
+
+def encode(name: str, layer: Quantized) -> dict[str, Tensor]:
+    """The tensors of a quantized layer, ``pre_quant_scale`` aside."""
+    scales, kind = layer.scales.float(), algorithm(layer.form)["quant_algo"]
+    if kind == INT4:
+        nibbles = layer.codes ^ 8  # code - 8 in two's complement of four bits
+        packed = nibbles[0::2] | (nibbles[1::2] << 4)
+        return {f"{name}.weight": packed, f"{name}.weight_scale": scales}
+    found = {f"{name}.weight": eight_bit(layer)}
+    found[f"{name}.weight_scale"] = scales.reshape(()) if kind == FP8 else scales[:, 0]
+    if layer.input_scale is not None:
+        found[f"{name}.input_scale"] = layer.input_scale.float().reshape(())
+    return found
+
+
+def _write_commands(checkpoint: Checkpoint, out: Path) -> None:
+    decoder = checkpoint.decoder
+    prompt = min(PROMPT, decoder.context // 2)
+    new = min(NEW, decoder.context - prompt)
+    rng = np.random.default_rng(0)
+    lines = [
+        json.dumps({
+            "task_id": index,
+            "input_ids": rng.integers(0, decoder.vocab, prompt).tolist(),
+            "output_tokens": new,
+        })
+        for index in range(REQUESTS)
+    ]  # fmt: skip
+    (out / "bench.jsonl").write_text("\n".join(lines) + "\n")
+    scripts = {
+        "serve.sh": SERVE.format(context=decoder.context),
+        "bench.sh": BENCH.format(requests=REQUESTS, prompt=prompt, new=new),
+    }
+    for name, text in scripts.items():
+        (out / name).write_text(text)
+        (out / name).chmod(0o755)
+
+
+def read(folder: Path, layers: Layers) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter of the plain model, quantized weights as float32 codes times scales.
+
+    The scales of inputs too, as LAYER.input_scale.
+    """
+    stored = Checkpoint(folder)
+    for name in stored.files:
+        layer, _, part = name.rpartition(".")
+        tensor = stored.get(name)
+        assert tensor is not None
+        scale = stored.get(f"{layer}.weight_scale")
+        if part == "weight" and scale is not None:
+            before = stored.get(f"{layer}.pre_quant_scale")
+            weight = scaled(_signed(tensor) if tensor.dtype == torch.uint8 else tensor, scale)
+            yield name, weight if before is None else weight * before.float()
+        elif part == "input_scale":
+            yield name, tensor.reshape(1)
+        elif part not in ("weight_scale", "pre_quant_scale"):
+            yield name, tensor
+
+
+def _signed(packed: Tensor) -> Tensor:
+    """Bytes (R / 2, C) to integers from -8 to 7, (R, C)."""
+    both = torch.stack([packed & 15, packed >> 4], dim=1).to(torch.int16)
+    both = both - 16 * (both > 7).to(torch.int16)
+    return both.reshape(-1, packed.shape[1])
