@@ -158,6 +158,29 @@ def block_tensors(
     return tensors
 
 
+def like_source(
+    lm: PreTrainedModel, block: Block, checkpoint: Checkpoint, planned: Layers
+) -> dict[str, Tensor]:
+    """As ``block_tensors``; from a folder of Hugging Face's own, in its layout."""
+    tensors = block_tensors(lm, block, checkpoint, planned)
+    if checkpoint.forms is None and checkpoint.decoder.transposed:
+        for name in block.linears:
+            tensors[f"{name}.weight"] = tensors[f"{name}.weight"].T.contiguous()
+    return tensors
+
+
+def close_like_source(
+    lm: PreTrainedModel, checkpoint: Checkpoint, writer: Writer, planned: Layers
+) -> None:
+    """Store what is outside the blocks and seal the model: the head has the form it had."""
+    head = None if checkpoint.head_is_embedding else lm.get_submodule(checkpoint.decoder.head)
+    write_ends(lm, checkpoint, writer, planned, head)
+    if checkpoint.forms is None:
+        writer.seal()
+    else:
+        writer.close(planned)
+
+
 def _stored(name: str, layer: nn.Module, form: Form, checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The tensors of a layer, which must have become what was planned."""
     assert not isinstance(layer, LowRank), name

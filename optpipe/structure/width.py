@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from optpipe import model
 from optpipe.artifact import Artifact, Stats
+from optpipe.blockwise import close_like_source, like_source
 from optpipe.calibrate import Calib, Gram
 from optpipe.checkpoint import Checkpoint, Writer
 from optpipe.device import fastest
@@ -205,6 +206,7 @@ class Width(Stage):
         self.plan(model.layers(checkpoint))
         blocks, cut = checkpoint.decoder.blocks, self.cut(checkpoint.decoder)
         config = self.resize(checkpoint.config)
+        layers = model.layers(checkpoint.planned(config))
         wanted = frozenset(name for block in blocks for name in cut.sizes(block))
         observation = self.calib.observe(checkpoint, wanted, Moments)
         given = gradient_scores(checkpoint, observation, progress) if self.score == TAYLOR else {}
@@ -220,10 +222,12 @@ class Width(Stage):
             module = model.transplant(lm, smaller, block.name)  # some count heads by the config
             advance(module, flow, index)
             module.to("cpu")
-            writer.add(block.name, _tensors(lm, block, checkpoint))
+            writer.add(block.name, like_source(lm, block, checkpoint, layers))
             model.drop(lm, block.name)
             model.drop(smaller, block.name)
-        return _sealed(writer, lm, config) | observation.facts
+        close_like_source(lm, checkpoint, writer, layers)
+        config.save_pretrained(out)
+        return _sizes(checkpoint.config, config) | observation.facts
 
     def _narrow(
         self, lm: PreTrainedModel, cut: Cut, block: Block, out: tuple[str, Moments, Tensor | None]
@@ -255,33 +259,12 @@ def _kept(total: int, share: float, multiple: int) -> int:
     return min(-(-least // multiple) * multiple, total)
 
 
-def _tensors(lm: PreTrainedModel, block: Block, checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """All tensors of a block as the family lays them out."""
-    tensors = {}
-    for name, parameter in lm.get_submodule(block.name).named_parameters(prefix=block.name):
-        layer, _, part = name.rpartition(".")
-        if layer in block.linears:
-            turned = checkpoint.decoder.transposed and part == "weight"
-            value = parameter.T if turned else parameter
-            tensors[name] = value.to(checkpoint.layer_dtype(layer)).contiguous()
-        else:
-            stored = checkpoint.get(name)
-            assert stored is not None, name
-            tensors[name] = stored
-    return tensors
-
-
-def _sealed(writer: Writer, lm: PreTrainedModel, config: Any) -> Stats:
-    """Write what lies outside the blocks, and the new config; what a report says."""
-    blocks = tuple(f"{block.name}." for block in writer.source.decoder.blocks)
-    rest = [name for name, _ in lm.named_parameters() if not name.startswith(blocks)]
-    writer.add("rest", {name: writer.source.tensor(name) for name in rest})
-    writer.seal()
-    config.save_pretrained(writer.out)
-    decoder = describe(config)
+def _sizes(before: Any, after: Any) -> Stats:
+    """What a report says of two configs."""
+    decoder = describe(after)
     return {
         "intermediate": decoder.intermediate,
         "kv_heads": decoder.kv_heads,
-        "parameters": parameters(config),
-        "parameters_before": parameters(writer.source.config),
+        "parameters": parameters(after),
+        "parameters_before": parameters(before),
     }

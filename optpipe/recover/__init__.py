@@ -1,0 +1,1 @@
+"""Training that makes up for compression and leaves masks, codes and ranks as they are."""

@@ -1,0 +1,166 @@
+"""Each block is trained to give what the untouched block gives (arXiv:2510.14444; in BRECQ,
+arXiv:2102.05426, for quantization).
+
+The student is fed what the blocks before it, already recovered, give; the target is what the
+untouched model has at that place, so that a block also makes up for the errors before it. Where
+blocks were dropped, the one before them learns what they did. Adam on the mean squared error, one
+block of either model in memory. A block whose error on the calibration text did not become smaller,
+weights rounded to what is stored, stays as it was.
+
+Shapes: S samples, T tokens, H hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim.lr_scheduler import LambdaLR
+
+from optpipe import model
+from optpipe.artifact import Artifact, Stats
+from optpipe.blockwise import close_like_source, like_source
+from optpipe.calibrate import Calib
+from optpipe.checkpoint import Checkpoint, Writer
+from optpipe.device import fastest
+from optpipe.errors import InputError
+from optpipe.flow import Flow, advance, call, start
+from optpipe.linear import Layers
+from optpipe.recover.tune import Tuning, batches, check_training, check_tunable, rate_at
+from optpipe.stage import Progress, Stage
+from optpipe.structure.resize import source_blocks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blockwise(Stage):
+    """Changes no form: masks, codes and ranks stay."""
+
+    tokens: int = 131_072
+    """Calibration tokens that every block is trained on; the same text comes again and again."""
+    rate: float = 0.003
+    """Most that a step changes a weight, in units of its tensor's root mean square."""
+    batch: int = 4
+    """Samples of a step."""
+    calib: Calib = field(default_factory=Calib)
+
+    def __post_init__(self) -> None:
+        check_training(self.tokens, self.rate, self.batch)
+
+    def plan(self, layers: Layers) -> Layers:
+        check_tunable(layers)
+        return layers
+
+    def inputs(self, model: Checkpoint) -> str:
+        return self.calib.inputs(model)
+
+    def run(self, source: Artifact, out: Path, progress: Progress) -> Stats:
+        return self.run_with(source, source, out, progress)
+
+    @torch.no_grad()
+    def run_with(
+        self, source: Artifact, baseline: Artifact, out: Path, progress: Progress
+    ) -> Stats:
+        student, device = Checkpoint(source.path), fastest()
+        layers, blocks = self.plan(model.layers(student)), student.decoder.blocks
+        ids_ST = self.calib.ids(student)
+        teacher = Teacher(Checkpoint(baseline.path), student, ids_ST)
+        writer, lm = Writer(out, student), model.skeleton(student)
+        flow = start(lm, blocks, ids_ST).to(device)
+        errors = []
+        for index, block in enumerate(blocks):
+            progress(block.name, index, len(blocks))
+            module = model.fill(lm, block.name, student, torch.float32).to(device)
+            tuning = Tuning(lm, [block], student)
+            errors.append(self._reconstruct(Task(module, flow, index, teacher.targets()), tuning))
+            advance(module, flow, index)
+            module.to("cpu")
+            writer.add(block.name, like_source(lm, block, student, layers))
+            model.drop(lm, block.name)
+        close_like_source(lm, student, writer, layers)
+        before, after = zip(*errors, strict=True)
+        budget = {"trained_tokens": self.steps(ids_ST.shape[1]) * self.batch * ids_ST.shape[1]}
+        errors_of = {"block_error_before": list(before), "block_error": list(after)}
+        return {**errors_of, **budget, **self.calib.facts()}
+
+    def steps(self, tokens: int) -> int:
+        """Steps that the budget pays for, of samples of ``tokens``."""
+        return -(-self.tokens // (self.batch * tokens))
+
+    def _reconstruct(self, task: Task, tuning: Tuning) -> tuple[float, float]:
+        """Train one block; its error before and after."""
+        state, before = tuning.state(), task.error()
+        samples, steps = len(task.targets), self.steps(task.targets[0].shape[1])
+        optimizer = tuning.optimizer(self.rate)
+        schedule = LambdaLR(optimizer, lambda step: rate_at(step, steps))
+        for chosen in batches(samples, self.batch, steps, self.calib.seed):
+            optimizer.zero_grad()
+            with torch.enable_grad():
+                task.loss(chosen).backward()
+            optimizer.step()
+            schedule.step()
+            tuning.project()
+        tuning.settle()
+        if (after := task.error()) < before:
+            return before, after
+        tuning.restore(state)
+        return before, before
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a block is fed, and what it should make of it."""
+
+    module: nn.Module
+    flow: Flow
+    index: int
+    targets: list[Tensor]
+    """(1, T, H) of every sample."""
+
+    def loss(self, chosen: list[int]) -> Tensor:
+        """Mean squared error over some samples."""
+        fed = torch.cat([self.flow.hidden[sample] for sample in chosen])
+        wanted = torch.cat([self.targets[sample] for sample in chosen])
+        return functional.mse_loss(call(self.module, self.flow, self.index, fed), wanted)
+
+    def error(self) -> float:
+        """Squared error over all samples, relative to what the targets differ from their mean."""
+        wrong = sum(float(self.loss([sample]).double()) for sample in range(len(self.targets)))
+        spread = sum(float(target.double().var(correction=0)) for target in self.targets)
+        return wrong / spread
+
+
+class Teacher:
+    """The untouched model, one block at a time."""
+
+    def __init__(self, checkpoint: Checkpoint, student: Checkpoint, ids_ST: Tensor) -> None:
+        check_same_basis(checkpoint, student)
+        self._checkpoint, self._blocks = checkpoint, checkpoint.decoder.blocks
+        self._lm = model.skeleton(checkpoint)
+        self._flow = start(self._lm, self._blocks, ids_ST).to(fastest())
+        places = source_blocks(checkpoint.config)
+        begins = [places.index(block) for block in source_blocks(student.config)]
+        self._ends = iter([*begins[1:], len(self._blocks)])
+        self._done = 0
+
+    def targets(self) -> list[Tensor]:
+        """Hidden states after the next block of the student, or after the blocks it stands for."""
+        for index in range(self._done, end := next(self._ends)):
+            name = self._blocks[index].name
+            module = model.fill(self._lm, name, self._checkpoint, torch.float32).to(fastest())
+            advance(module, self._flow, index)
+            model.drop(self._lm, name)
+        self._done = end
+        return list(self._flow.hidden)
+
+
+def check_same_basis(teacher: Checkpoint, student: Checkpoint) -> None:
+    """Raise InputError if hidden states of the two cannot be compared, as after a rotation."""
+    name = f"{teacher.decoder.embed}.weight"
+    if not torch.equal(teacher.tensor(name), student.tensor(name)):
+        raise InputError(
+            "the embedding is not that of the untouched model any more, so that hidden states have "
+            "another basis; recover before transform=rotate"
+        )
