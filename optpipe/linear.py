@@ -1,4 +1,4 @@
-"""The forms of a linear layer: dense, sparse, quantized, factorized; on disk and as torch modules.
+"""The forms of a linear layer, dense, sparse, quantized, low rank, corrected, on disk and in torch.
 
 On disk a layer NAME is stored as what it is, row-major, with R outputs, C inputs, G scales a row:
 
@@ -8,6 +8,7 @@ On disk a layer NAME is stored as what it is, row-major, with R outputs, C input
                [NAME.zeros (``bits`` a group, padded rows) unless symmetric]  [NAME.mask]
                [NAME.input_scale () fp16 if inputs are rounded with a scale known beforehand]
     low rank   two layers, NAME.right (rank, C) and NAME.left (R, rank), each in a form of its own
+    corrected  NAME in any of the first three forms and a low-rank layer NAME.residual: their sum
 
 each with an optional NAME.bias (R). Integer codes are unsigned: weight = (code - zero) * scale,
 where the zero of a symmetric layer is 2 ** (bits - 1). Codes of 8-bit floating point ('fp8') are
@@ -221,6 +222,18 @@ class LowRank(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.left(self.right(x))
+        return y
+
+
+class Corrected(nn.Module):
+    """y = base(x) + residual(x): a compressed layer and a low-rank part of what it lost."""
+
+    def __init__(self, base: nn.Module, residual: LowRank) -> None:
+        super().__init__()
+        self.base, self.residual = base, residual
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x) + self.residual(x)
         return y
 
 

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from optpipe.checkpoint import Checkpoint
 from optpipe.errors import InputError
 from optpipe.family import Block, describe
-from optpipe.linear import Form, Layers, LowRank, decode, dense
+from optpipe.linear import Corrected, Form, Layers, LowRank, decode, dense
 
 
 def load(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -87,6 +87,18 @@ def layer(
     name: str, forms: Layers, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32
 ) -> nn.Module:
     """One linear layer in its stored form, floating-point tensors as ``dtype``."""
+    base = part(name, forms, checkpoint, dtype)
+    if f"{name}.residual.left" not in forms:
+        return base
+    residual = part(f"{name}.residual", forms, checkpoint, dtype)
+    assert isinstance(residual, LowRank)
+    return Corrected(base, residual)
+
+
+def part(
+    name: str, forms: Layers, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """A layer without its correction, if it has one."""
     if name == checkpoint.decoder.head and checkpoint.head_is_embedding:
         weight = checkpoint.get(f"{checkpoint.decoder.embed}.weight")
         assert weight is not None
@@ -94,8 +106,8 @@ def layer(
     if name in forms:
         return _cast(decode(name, forms[name], checkpoint.get), dtype)
     if f"{name}.left" in forms:
-        parts = (layer(f"{name}.{side}", forms, checkpoint, dtype) for side in ("right", "left"))
-        return LowRank(*parts)
+        sides = (part(f"{name}.{side}", forms, checkpoint, dtype) for side in ("right", "left"))
+        return LowRank(*sides)
     weight, bias = checkpoint.get(f"{name}.weight"), checkpoint.get(f"{name}.bias")
     assert weight is not None, name
     if checkpoint.decoder.transposed and name != checkpoint.decoder.head:
@@ -163,12 +175,18 @@ def shapes_of(config: Any) -> dict[str, tuple[int, ...]]:
 def block_linears(lm: PreTrainedModel, block: Block) -> Iterator[tuple[str, nn.Module]]:
     """The layers of a block that multiply, factors of a low-rank layer each on their own."""
     for name in block.linears:
-        module = lm.get_submodule(name)
-        if isinstance(module, LowRank):
-            yield f"{name}.right", module.right
-            yield f"{name}.left", module.left
-        else:
-            yield name, module
+        yield from _parts(name, lm.get_submodule(name))
+
+
+def _parts(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    if isinstance(module, Corrected):
+        yield name, module.base
+        yield from _parts(f"{name}.residual", module.residual)
+    elif isinstance(module, LowRank):
+        yield f"{name}.right", module.right
+        yield f"{name}.left", module.left
+    else:
+        yield name, module
 
 
 def _linears(module: nn.Module, block: str) -> list[str]:

@@ -111,12 +111,12 @@ def _layer_facts(checkpoint: Checkpoint, forms: Layers, parent: Checkpoint) -> S
     for name, form in forms.items():
         if name == checkpoint.decoder.head and checkpoint.head_is_embedding:
             continue
-        module = model.layer(name, forms, checkpoint)
+        module = model.part(name, forms, checkpoint)
         weight, mask = weight_of(module), mask_of(module)
         if not bool(torch.isfinite(weight).all()):
             raise GateError(f"layer '{name}' holds weights that are not finite")
         if name in before and before[name].pattern:
-            old = mask_of(model.layer(name, before, parent))
+            old = mask_of(model.part(name, before, parent))
             if mask is None or old is None or not torch.equal(mask, old):
                 raise GateError(f"layer '{name}' lost the mask it was pruned with")
         if mask is not None:
@@ -129,7 +129,8 @@ def _layer_facts(checkpoint: Checkpoint, forms: Layers, parent: Checkpoint) -> S
         if name.endswith(".right"):
             layer = name.removesuffix(".right")
             ranks[layer], left = form.rows, forms[f"{layer}.left"]
-            original += left.rows * form.cols - (left.rows + form.cols) * form.rows
+            replaced = 0 if layer.endswith(".residual") else left.rows * form.cols
+            original += replaced - (left.rows + form.cols) * form.rows
     return {"sparsity": zeros / weights, "bits_per_weight": bits / original, "ranks": ranks}
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from optpipe import model
 from optpipe.checkpoint import Checkpoint
 from optpipe.export.graph import Graph
-from optpipe.linear import LARGEST, PER_TENSOR, Form, LowRank, Quantized, pack
+from optpipe.linear import LARGEST, PER_TENSOR, Corrected, Form, LowRank, Quantized, pack
 
 ONNX_DTYPES = {
     torch.float32: TensorProto.FLOAT,
@@ -43,6 +43,10 @@ class Weights:
         if isinstance(module, LowRank):
             x = self._layer(x, f"{name}.right", module.right, None)
             return self._layer(x, f"{name}.left", module.left, output)
+        if isinstance(module, Corrected):
+            y = self._layer(x, name, module.base, f"{name}.base")
+            z = self._layer(x, f"{name}.residual", module.residual, None)
+            return self.graph.node("Add", [y, z], output or name)
         assert isinstance(module, nn.Linear | Quantized)
         if isinstance(module, Quantized):
             weight = self._codes(name, module)

@@ -1,0 +1,1 @@
+"""Corrections of compressed weights: one file per method."""

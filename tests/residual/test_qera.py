@@ -1,0 +1,157 @@
+"""QERA against its theorem, against weaker corrections, and through every form it is stored in."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layers import KINDS, Layer
+
+from optpipe import model
+from optpipe.artifact import Artifact
+from optpipe.build.ort import Ort
+from optpipe.checkpoint import Checkpoint
+from optpipe.errors import InputError
+from optpipe.export.onnx import Onnx
+from optpipe.linear import Corrected, Form, Quantized, dense, weight_of
+from optpipe.lowrank.factorize import truncated
+from optpipe.prune.magnitude import Magnitude
+from optpipe.quant.rtn import Rtn
+from optpipe.residual.qera import Qera
+from optpipe.verify import verify
+
+
+def corrected(layer, weight, rank):
+    found, left = Qera(rank=rank).corrected("x", dense(weight, None), layer.weight, layer.gram)
+    residual = found.residual
+    return weight + residual.left.weight @ residual.right.weight, left
+
+
+def rounded(weight):
+    form = Form(rows=24, cols=64, bits=3, group_size=32)
+    return weight_of(Rtn(bits=3, group_size=32).quantize(dense(weight, None), weight, form, None))
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.sampled_from(KINDS), st.integers(1, 12), st.integers(0, 50), st.booleans())
+def test_no_correction_of_the_rank_loses_less(kind, rank, seed, pruned):
+    """Nor do a plain SVD of what is missing (LoRC), one of it times mean |x| (LQER), or none."""
+    layer = Layer(kind, seed)
+    magnitude = Magnitude().pruned(layer.weight, None)[0]
+    weight = magnitude if pruned else rounded(layer.weight)
+    missing = (layer.weight - weight).double()
+    ours, left = corrected(layer, weight, rank)
+    mean = layer.x.abs().mean(0)
+    plain, lqer = truncated(missing, rank), truncated(missing * mean, rank)
+    others = weight, weight + plain[0] @ plain[1], weight + lqer[0] @ lqer[1] / mean
+    errors = [layer.error(other) for other in others]
+    assert layer.error(ours) <= min(errors) * (1 + 1e-6)
+    assert layer.error(ours) == pytest.approx(left * errors[0], rel=1e-4)
+    # what is left is what the truncation discarded (Eckart and Young, in the norm of the inputs)
+    discarded = torch.linalg.svdvals(missing @ torch.linalg.cholesky(layer.mean_CC))[rank:]
+    assert layer.error(ours) == pytest.approx(float(discarded.square().sum()), rel=1e-4)
+
+
+def test_more_rank_never_loses_more_and_the_whole_rank_nothing():
+    layer = Layer("correlated", 0)
+    weight = rounded(layer.weight)
+    errors = [layer.error(corrected(layer, weight, rank)[0]) for rank in range(1, 25)]
+    assert all(b <= a for a, b in pairwise(errors))
+    assert errors[-1] < 1e-9 * layer.error(weight)
+
+
+@pytest.fixture(scope="module")
+def quantized(tiny, tmp_path_factory):
+    def made(family):
+        out = tmp_path_factory.mktemp("quantized")
+        source = Artifact(path=tiny(family), format="hf", key="k")
+        stats = Rtn(bits=3, group_size=32).run(source, out, lambda *_: None)
+        return Artifact(path=out, format="hf", key="q", lineage=("quant",), stats=stats)
+
+    return made
+
+
+def test_every_family_is_nearer_to_its_original_and_says_by_how_much(family, run, tiny, quantized):
+    source = quantized(family)
+    made = run(Qera(rank=8, calib=run.calib), source, baseline=tiny(family))
+    planned = Qera(rank=8).plan(model.layers(Checkpoint(source.path)))
+    facts = verify(made, source, planned)
+    block = Checkpoint(tiny(family)).decoder.blocks[0]
+    assert facts["ranks"][f"{block.mlp_out}.residual"] == 8
+    assert 0 < made.stats["loss_kept"] < 0.9
+    ids = torch.randint(3, 288, (1, 60), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        folders = tiny(family), source.path, made.path
+        dense_logits, before, after = (model.load(Checkpoint(f))(ids).logits for f in folders)
+    assert (after - dense_logits).square().mean() < (before - dense_logits).square().mean()
+
+
+def test_bits_count_for_the_weights_that_are_corrected(run, tiny, quantized):
+    source = quantized("llama")
+    made = run(Qera(rank=8, calib=run.calib, targets=["*.down_proj"]), source, baseline=tiny())
+    before = verify(source, Artifact(path=tiny(), format="hf", key="k"), None)["bits_per_weight"]
+    after = verify(made, source, None)["bits_per_weight"]
+    weights = sum(f.rows * f.cols for f in model.layers(Checkpoint(tiny())).values())
+    assert after - before == pytest.approx(3 * 8 * (64 + 96) * 32 / weights, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "qwen3"])
+def test_a_graph_and_an_engine_compute_the_corrected_layer(name, run, tiny, quantized):
+    made = run(Qera(rank=8, calib=run.calib), quantized(name), baseline=tiny(name))
+    graph = run(Onnx(), made)
+    assert verify(graph, made, None)["parity"]["worst"] < 2e-4
+    engine = run(Ort(accuracy_level=1), graph)
+    assert verify(engine, made, None)["parity"]["worst"] < 2e-4
+
+
+def test_a_corrected_layer_is_the_sum_of_its_parts(run, tiny, quantized):
+    made = Checkpoint(
+        run(Qera(rank=4, calib=run.calib), quantized("qwen2"), baseline=tiny("qwen2")).path
+    )
+    name = "model.layers.1.self_attn.q_proj"
+    layer = model.layer(name, made.forms, made)
+    assert isinstance(layer, Corrected) and isinstance(layer.base, Quantized)
+    left, right = (made.get(f"{name}.residual.{side}.weight") for side in ("left", "right"))
+    x = torch.randn(5, 64)
+    expected = x @ (layer.base.dequantize() + left @ right).T + layer.base.bias
+    torch.testing.assert_close(layer(x), expected)
+
+
+DENSE = {"a": Form(rows=64, cols=64)}
+CODES = {"a": Form(rows=64, cols=64, bits=3)}
+
+
+@pytest.mark.parametrize(
+    ("layers", "rank", "message"),
+    [
+        (DENSE, 4, "'a' is neither quantized nor pruned"),
+        (CODES, 32, "rank=32 takes no fewer weights than layer 'a'"),
+        ({"a.left": CODES["a"]}, 4, "'a.left' is a factor"),
+        (Qera(rank=4).plan(CODES), 4, "'a.residual.left' corrects a layer as it is"),
+    ],
+)
+def test_layers_that_cannot_be_corrected_are_refused(layers, rank, message):
+    with pytest.raises(ValueError, match=message):
+        Qera(rank=rank).plan(layers)
+
+
+def test_nothing_changes_a_layer_after_its_correction():
+    for stage in (Rtn(), Magnitude(), Qera()):
+        with pytest.raises(ValueError, match="comes before 'residual'"):
+            stage.plan(Qera(rank=4).plan(CODES))
+
+
+def test_rank_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
+        Qera(rank=0)
+
+
+def test_a_weight_that_no_longer_means_what_it_did_is_refused(run, tiny, quantized, tmp_path):
+    """Another model's norms, or weights in a rotated basis."""
+    with pytest.raises(InputError, match="is not that of the original model"):
+        run(Qera(calib=run.calib), quantized("llama"), baseline=tiny("qwen2"))
+    layer = Layer("white", 0)
+    rotated = layer.weight @ torch.linalg.qr(torch.randn(64, 64))[0]
+    with pytest.raises(InputError, match="further from its original weight than zero"):
+        Qera().corrected("x", dense(rotated, None), layer.weight, layer.gram)
