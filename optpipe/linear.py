@@ -18,7 +18,7 @@ the bytes of a float8_e4m3fn: weight = code * scale. Both are as in ONNX, Tensor
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -79,41 +79,6 @@ class Form:
 
 Layers = dict[str, Form]
 """Every linear layer of a model by its name, in the order of the model."""
-
-
-def divisor(name: str, form: Form) -> int:
-    """What surely divides the inputs of a planned layer, whatever its rank turns out to be."""
-    return form.bound if form.bound and name.endswith(".left") else form.cols
-
-
-def departure(made: Layers, planned: Layers) -> str | None:
-    """The first layer that is not as planned; None if all are, within the bounds of the plan."""
-    left = dict(planned)
-    for name, form in made.items():
-        if name in left and _within(name, form, left.pop(name)):
-            continue
-        right, other = left.pop(f"{name}.right", None), left.pop(f"{name}.left", None)
-        if not (right and other and right.bound and other.bound):
-            return name
-        if not _within(name, form, replace(right, rows=other.rows)):
-            return name
-    return next(iter(left), None)
-
-
-def _within(name: str, form: Form, plan: Form) -> bool:
-    if plan.bound is None:
-        return form == plan
-    rows, cols = plan.rows, plan.cols
-    if name.endswith(".right"):
-        rows = _settled(form.rows, plan.rows, plan.bound)
-    elif name.endswith(".left"):
-        cols = _settled(form.cols, plan.cols, plan.bound)
-    bits = form.bits if form.bits and plan.bits and form.bits < plan.bits else plan.bits
-    return form == replace(plan, rows=rows, cols=cols, bits=bits, bound=None)
-
-
-def _settled(rank: int, most: int, multiple: int) -> int:
-    return rank if 0 < rank <= most and rank % multiple == 0 else most
 
 
 def pack(codes_RC: Tensor, bits: int) -> Tensor:

@@ -27,7 +27,8 @@ from optpipe.build.ort import exact_twin
 from optpipe.checkpoint import Checkpoint
 from optpipe.errors import GateError
 from optpipe.export.readback import READERS, read_back
-from optpipe.linear import Layers, departure, mask_of, weight_of
+from optpipe.linear import Layers, mask_of, weight_of
+from optpipe.plan import departure
 from optpipe.prune.mask import ROW, follows
 
 TOLERANCES = {"float32": 2e-4, "float16": 5e-3, "int8": 5e-2}

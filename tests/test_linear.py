@@ -12,8 +12,6 @@ from optpipe.linear import (
     Quantized,
     decode,
     dense,
-    departure,
-    divisor,
     encode,
     pack,
     round_inputs,
@@ -144,42 +142,3 @@ def test_low_rank_is_the_product_of_its_factors():
     layer = LowRank(dense(right, None), dense(left, torch.ones(5)))
     x = torch.randn(2, 8)
     torch.testing.assert_close(layer(x), x @ (left @ right).T + 1)
-
-
-def factors(rank, bound=None, **fields):
-    right = Form(rows=rank, cols=96, bound=bound, **fields)
-    return {"a.right": right, "a.left": Form(rows=64, cols=rank, bound=bound, **fields)}
-
-
-B = Form(rows=8, cols=8)
-
-
-@pytest.mark.parametrize(
-    ("made", "planned", "name"),
-    [
-        ({"b": B}, {"b": B}, None),
-        ({"b": B}, {"b": Form(rows=8, cols=9)}, "b"),
-        ({"b": B}, {}, "b"),
-        ({}, {"b": B}, "b"),
-        (factors(16), factors(32), "a.right"),
-        (factors(16), factors(32, bound=16), None),
-        (factors(24), factors(32, bound=16), "a.right"),
-        (factors(48), factors(32, bound=16), "a.right"),
-        ({"a": Form(rows=64, cols=96)}, factors(32, bound=16), None),
-        ({"a": Form(rows=64, cols=96)}, factors(32), "a"),
-        ({"a": Form(rows=64, cols=64)}, factors(32, bound=16), "a"),
-        (factors(16, bits=3), factors(32, bound=16, bits=4), None),
-        (factors(16, bits=8), factors(32, bound=16, bits=4), "a.right"),
-        (factors(16), factors(32, bound=16, bits=4), "a.right"),
-        (factors(16, bits=4), factors(32, bound=16), "a.right"),
-    ],
-)
-def test_what_was_made_is_what_was_planned_or_within_its_bounds(made, planned, name):
-    assert departure(made, planned) == name
-
-
-def test_a_rank_that_is_still_open_promises_its_multiple_only():
-    planned = factors(96, bound=16)
-    assert divisor("a.left", planned["a.left"]) == 16
-    assert divisor("a.right", planned["a.right"]) == 96
-    assert divisor("b", B) == 8

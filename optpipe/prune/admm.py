@@ -21,7 +21,7 @@ from optpipe.calibrate import Calib, Gram, Observation
 from optpipe.checkpoint import Checkpoint
 from optpipe.compensate import check_damp
 from optpipe.leastsquares import damped, refit
-from optpipe.prune.mask import Prune, keep_mask
+from optpipe.prune.mask import LAYER, Prune, keep_mask
 
 Mask = Callable[[Tensor, float], Tensor]
 """(score (R, C), how far along, 0 to 1) -> which weights are kept, (R, C)."""
@@ -48,6 +48,7 @@ def support(weight_RC: Tensor, gram_CC: Tensor, mask: Mask, steps: int, rho: flo
 class Admm(Prune):
     """The lowest error of a layer of all methods here, at some 40 products of its size."""
 
+    pattern: str = LAYER
     steps: int = 40
     """Iterations, at least 2."""
     rho: float = 1.0

@@ -16,7 +16,8 @@ from optpipe.blockwise import rewrite, select
 from optpipe.calibrate import Observation
 from optpipe.checkpoint import Checkpoint
 from optpipe.family import HEAD
-from optpipe.linear import Form, Layers, dense, divisor, mask_of
+from optpipe.linear import Form, Layers, dense, mask_of
+from optpipe.plan import divisor
 from optpipe.stage import Progress, Stage
 
 ROW, LAYER = "row", "layer"

@@ -27,10 +27,10 @@ from optpipe.linear import (
     Form,
     Layers,
     Quantized,
-    divisor,
     mask_of,
     to_fp8,
 )
+from optpipe.plan import divisor
 from optpipe.stage import Progress, Stage
 
 BITS = (2, 3, 4, 8)
