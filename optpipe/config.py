@@ -85,6 +85,8 @@ def build(node: DictConfig, base: type[Any] = Stage, name: str = "stage") -> Any
 def typed(fields: Any, cls: type[Any], name: str) -> Any:
     """A dataclass from a mapping. Raises InputError for an unknown key or a value it rejects."""
     try:
+        if isinstance(fields, DictConfig):  # a merge would lose the keys that ${} points to
+            fields = OmegaConf.to_container(fields, resolve=True)
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), fields))
     except OmegaConfBaseException as error:
         raise InputError(_field_error(error, name)) from error

@@ -15,6 +15,7 @@ from optpipe.bench import machine, preflight, report
 from optpipe.bench.bottlenecks import bottleneck, host
 from optpipe.bench.bottlenecks.physics import Physics, survey
 from optpipe.bench.fidelity import gate, quality
+from optpipe.bench.fidelity.reference import keep_in
 from optpipe.bench.outcome import Outcome
 from optpipe.bench.pages import tables
 from optpipe.bench.resident import Residents, plan_twice, reside
@@ -191,7 +192,11 @@ def _judge(outcome: Outcome, residents: Residents, progress: Progress) -> None:
     size = outcome.windows.ids_WS.shape[1]
     fitting = {name: w for name, w in workers.items() if loaded[name].capacity >= size}
     baseline = outcome.baseline if outcome.baseline in fitting else None
-    judged = quality.judge(fitting, baseline, outcome.windows, budget_s, progress)
+    kept = None
+    if baseline is not None:
+        arm, told, ids_WS = workers[baseline].arm, loaded[baseline], outcome.windows.ids_WS
+        kept = keep_in(bench.quality.cache, arm, outcome.content[baseline], told, ids_WS)
+    judged = quality.judge(fitting, baseline, outcome.windows, budget_s, progress, kept)
     if (cell := _audited(outcome)) is not None:
         vocab = min(told.vocab for told in loaded.values())
         able = {name: w for name, w in fitting.items() if loaded[name].capacity >= cell.tokens}

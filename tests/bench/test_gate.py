@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from optpipe.artifact import Artifact
 from optpipe.bench.fidelity import assess, gate, quality
-from optpipe.bench.fidelity.divergence import compare
+from optpipe.bench.fidelity.divergence import compare, wilson
 from optpipe.bench.fidelity.gate import tier
 from optpipe.bench.fidelity.quality import Judged, QualityConfig, Windows
 from optpipe.bench.fidelity.questions import Steadiness
@@ -116,6 +116,32 @@ def test_the_unfavourable_end_of_the_interval_decides(against):
     found = assessed(against(noise=0.02))
     assert found["kl_mean"] < 1e-3 and found["top1_agreement"] > 0.97
     assert found["top1_ci"][0] < 0.99 and found["tier"] != "lossless", "468 positions prove no 99 %"
+
+
+@pytest.mark.parametrize(("windows", "tokens", "few"), [(4, 41, True), (10, 41, False)])
+def test_too_few_positions_to_prove_a_tier_are_named(local, windows, tokens, few):
+    """A copy: 160 positions without a miss bound top-1 at 97.7 %, 400 at 99.05 %; 381 at 99 %."""
+    ids_WS = np.random.default_rng(0).integers(0, VOCAB, (windows, tokens))
+    workers = {"baseline": local("baseline"), "a": local("a")}
+    given = Windows(ids_WS=ids_WS, source={}, is_text=True)
+    judged = quality.judge(workers, "baseline", given, 60.0, lambda *_: None)
+    found = assessed(judged)
+    assert found["tier"] == ("near" if few else "lossless")
+    told = "160 positions cannot prove lossless: even without a difference it takes 381"
+    assert found["reasons"].get("tier") == (told if few else None)
+    enough = wilson(381, 381)[0], wilson(380, 380)[0]
+    assert enough[0] >= 0.99 > enough[1]
+
+
+def test_the_baseline_has_no_tier_of_its_own(against):
+    found = assessed(against(), "baseline")
+    assert found["tier"] is None and found["reasons"]["tier"] == assess.ITSELF
+    assert found["kl_mean"] == 0 and found["failures"] == []
+
+
+def test_a_tier_that_is_missed_is_not_blamed_on_the_number_of_positions(against):
+    found = assessed(against(noise=0.3))
+    assert found["tier"] == "degraded" and "tier" not in found["reasons"]
 
 
 def test_one_window_has_no_interval_and_so_no_tier(against):

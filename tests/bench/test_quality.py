@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from optpipe.bench.fidelity import quality
 from optpipe.bench.fidelity.divergence import concatenate
 from optpipe.bench.fidelity.quality import Judged, QualityConfig, Windows, cut
 from optpipe.bench.fidelity.questions import Compare, Greedy, Reference, Sample, Steady
+from optpipe.bench.fidelity.reference import keep_in
 from optpipe.bench.scenario import Cell, hash_ids, prompts
 from optpipe.errors import InputError
 
@@ -79,6 +82,46 @@ def test_perplexity_is_that_of_the_text_given_the_window_so_far(tiny, tmp_path):
         loss = lm(input_ids=ids, labels=ids).loss.item()
     assert reference.nll.mean() == pytest.approx(loss, rel=1e-5) and len(again.nll) == 99
     assert (again.nll == reference.nll).all() and (again.kl == 0).all() and again.agrees.all()
+
+
+def test_a_baseline_is_scored_once_for_all_runs_that_keep_its_logits(local, tmp_path):
+    ids_WS = np.random.default_rng(0).integers(0, 11, (3, 20))
+    given, found = Windows(ids_WS=ids_WS, source={}, is_text=True), []
+    scored = []
+
+    def counted(name, **plan):
+        worker = local(name, **plan)
+        score = worker.backend.score
+        worker.backend.score = lambda ids: scored.append((name, len(ids[0]))) or score(ids)
+        return worker
+
+    for kept in (None, tmp_path / "kept", tmp_path / "kept"):
+        workers = {"baseline": counted("baseline"), "a": counted("a", noise=0.1)}
+        found.append(quality.judge(workers, "baseline", given, 60.0, lambda *_: None, kept))
+    windows = [name for name, size in scored if name == "baseline"]
+    steady = 1 + 3 + 1  # together, each row alone, the first again
+    assert len(windows) == (3 + steady) + (3 + steady) + (0 + steady)
+    assert len([*(tmp_path / "kept").iterdir()]) == 3
+    for other in found[1:]:
+        for name in ("baseline", "a"):
+            for mine, theirs in zip(found[0].scored[name], other.scored[name], strict=True):
+                np.testing.assert_array_equal(mine.kl, theirs.kl)
+                np.testing.assert_array_equal(mine.nll, theirs.nll)
+
+
+def test_logits_are_found_again_only_for_the_same_computation(local):
+    worker, ids_WS = local("baseline"), np.zeros((2, 10), np.int64)
+
+    def place(content="c", cache="cache", arm=worker.arm, ids_WS=ids_WS, **fields):
+        return keep_in(cache, arm, content, replace(worker.loaded, **fields), ids_WS)
+
+    same = place()
+    assert place() == same and place(load_s=9.0) == same
+    others = [place(content="d"), place(dtype="float16"), place(device="GPU"),
+              place(arm=replace(worker.arm, threads=2))]  # fmt: skip
+    assert len({same, *others}) == 5
+    assert place(cache=None) is None
+    assert place(ids_WS=np.zeros((400, 1000), np.int64), vocab=150_000) is None, "240 GB"
 
 
 def test_an_arm_is_steady_up_to_the_effect_of_its_batch(tiny):

@@ -11,12 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
 from optpipe.bench.backend import Ids
 from optpipe.bench.fidelity.divergence import (
+    LEVEL,
     Floats,
     Mean,
     Positions,
@@ -25,7 +27,7 @@ from optpipe.bench.fidelity.divergence import (
     quantile,
     wilson,
 )
-from optpipe.bench.fidelity.gate import LENGTH, tier
+from optpipe.bench.fidelity.gate import LENGTH, LIMITS, tier
 from optpipe.bench.fidelity.quality import NO_TEXT, Judged
 
 Entry = dict[str, Any]
@@ -41,6 +43,7 @@ CURVE = 8
 NOT_FINITE = "its logits are not all finite"
 BASE_NOT_FINITE = "the baseline's logits are not all finite"
 NOT_REPEATED = "the same input gave other logits the second time"
+ITSELF = "the baseline itself: it has nothing to lose"
 ONE_WINDOW = "one window: no interval, for its tokens depend on each other"
 FEW = "too few positions for this percentile: 299 for p99, 2995 for p999"
 TOO_LARGE = "it is too large for a number"
@@ -82,7 +85,7 @@ def entry(name: str, judged: Judged, context: Context) -> Entry:
     compared = _compared(judged.scored[name], all_N)
     found = _join(compared, _greedy(name, judged, context), own)
     found = _join(found, _floor(found, name, judged, context))
-    return _join(found, _tier(found))
+    return _join(found, _tier(found, name == context.references[0]))
 
 
 def without(reason: str) -> Entry:
@@ -258,12 +261,27 @@ def _floor(found: Entry, name: str, judged: Judged, context: Context) -> Entry:
     return {"floor": {**floor, "reasons": reasons}, "excess": excess, "reasons": {}}
 
 
-def _tier(found: Entry) -> Entry:
-    """By the unfavourable end of every interval."""
+def _tier(found: Entry, itself: bool) -> Entry:
+    """By the unfavourable end of every interval; of the baseline against ``itself`` none."""
     kl, ln_ppl = found["kl"]["ci"], found["ppl_ratio"]["ln_ci"]
     if found["failures"]:
         return {"tier": None, "reasons": {"tier": f"FAIL: {found['failures'][0]}"}}
+    if itself:
+        return {"tier": None, "reasons": {"tier": ITSELF}}
     if kl is None or ln_ppl is None:
         return {"tier": None, "reasons": {"tier": ONE_WINDOW}}
     floor_kl = found["floor"]["kl_mean"] if found["floor"] else 0.0
-    return {"tier": tier(kl[1], found["top1_ci"][0], ln_ppl[1], floor_kl), "reasons": {}}
+    made = tier(kl[1], found["top1_ci"][0], ln_ppl[1], floor_kl)
+    provable = tier(kl[1], wilson(found["positions"], found["positions"])[0], ln_ppl[1], floor_kl)
+    better = tier(kl[1], found["top1_agreement"], ln_ppl[1], floor_kl)
+    few = better != made and better != provable
+    return {"tier": made, "reasons": {"tier": _too_few(found, better)} if few else {}}
+
+
+def _too_few(found: Entry, better: str) -> str:
+    """What would be shown by more text, if all else stayed."""
+    z2, share = NormalDist().inv_cdf((1 + LEVEL) / 2) ** 2, LIMITS[better].top1
+    return (
+        f"{found['positions']} positions cannot prove {better}: even without a difference it takes "
+        f"{math.ceil(z2 * share / (1 - share))}"
+    )

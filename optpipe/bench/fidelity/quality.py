@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -23,6 +22,7 @@ import numpy as np
 from optpipe.bench.backend import Ids
 from optpipe.bench.fidelity.divergence import Positions
 from optpipe.bench.fidelity.questions import Compare, Greedy, Reference, Sample, Steadiness, Steady
+from optpipe.bench.fidelity.reference import references
 from optpipe.bench.scenario import Cell, hash_ids, prompts
 from optpipe.bench.worker import Command, Loaded, Worker
 from optpipe.errors import InputError, StageError
@@ -53,6 +53,8 @@ class QualityConfig:
     """Windows of min(context, 1024) tokens, spread evenly over the text, not overlapping."""
     budget_s: float = 60.0
     """No further window is begun after this time; every arm always sees the same windows."""
+    cache: str | None = None
+    """Folder that keeps the baseline's logits for later runs, as of a sweep; null: none does."""
     required: str | None = None
     """The tier every artifact must reach, 'lossless', 'near' or 'compressed'; else exit code 3."""
     max_perplexity_increase: float | None = None
@@ -205,17 +207,18 @@ def judge(
     given: Windows,
     budget_s: float,
     progress: Progress,
+    kept: Path | None = None,
 ) -> Judged:
-    """Every arm on every window, window by window; ``baseline`` None: no arm to compare with."""
+    """Every arm on every window; ``baseline`` None: no arm to compare with. ``kept``: `keep_in`."""
     found = Judged(scored={name: [] for name in workers})
     started_s, total = time.perf_counter(), len(given.ids_WS)
-    with tempfile.TemporaryDirectory(prefix="optpipe-") as folder:
-        file = Path(folder) / "reference.npy"
+    with references(kept) as files:
         for number, ids_S in enumerate(given.ids_WS):
             if number and time.perf_counter() - started_s > budget_s:
                 break
             progress("benchmark: quality", number, total)
-            _window(workers, baseline, ids_S, file, found)
+            with files.file(ids_S) as file:
+                _window(workers, baseline, ids_S, file, found)
             found.windows += 1
     for number, name in enumerate(workers):
         progress("benchmark: greedy tokens", number, len(workers))

@@ -5,6 +5,7 @@ Shapes: S tokens of a window, N = S - 1 predicted positions, B rows, V vocabular
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,15 +29,21 @@ class Steadiness:
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """Ask the baseline for a window: its logits stay in ``file`` for the others."""
+    """Ask the baseline for a window: its logits stay in ``file`` for the others.
+
+    Logits that are there already, from an earlier run, are not computed again.
+    """
 
     ids_S: Ids
     file: Path
 
     def __call__(self, backend: Backend) -> Positions:
-        logits_SV = backend.score(self.ids_S[None])[0]
-        np.save(self.file, logits_SV[:-1])
-        return compare(logits_SV[:-1], logits_SV[:-1], self.ids_S[1:])
+        if not self.file.is_file():
+            begun = self.file.with_suffix(f".{os.getpid()}.npy")
+            np.save(begun, backend.score(self.ids_S[None])[0, :-1])
+            begun.replace(self.file)  # whole or not at all
+        logits_NV = np.load(self.file, mmap_mode="r")
+        return compare(logits_NV, logits_NV, self.ids_S[1:])
 
 
 @dataclass(frozen=True, kw_only=True)
