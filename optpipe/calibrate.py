@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -180,7 +180,10 @@ class Gram:
         self._abs_C /= factor_C
 
 
-Statistic = Squares | Peak | Gram
+class Statistic(Protocol):
+    """What is kept of the inputs of a layer."""
+
+    def add(self, x_NC: Tensor) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
