@@ -116,6 +116,10 @@ BACKENDS = {
     "trtllm": "optpipe.bench.trtllm.Trtllm",
 }
 """Format of an artifact -> the class that opens it, imported only when it is needed."""
+NOT_DRIVEN = {
+    "gguf": "llama.cpp runs it, which optpipe does not drive",
+}
+"""Formats that are made and checked but never benchmarked, and why."""
 
 
 def backend_class(format: str) -> type[Backend]:

@@ -22,7 +22,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from optpipe.artifact import Artifact
-from optpipe.bench.backend import Backend, Ids, backend_class
+from optpipe.bench.backend import NOT_DRIVEN, Backend, Ids, backend_class
 from optpipe.bench.timed.clock import Trace, generate
 from optpipe.errors import StageError
 
@@ -51,6 +51,8 @@ class Arm:
 
     def missing(self) -> str | None:
         """Why this machine cannot run it; None: it can."""
+        if (why := NOT_DRIVEN.get(self.artifact.format)) is not None:
+            return why
         return self.find(self.artifact.format).missing(self.artifact)
 
 

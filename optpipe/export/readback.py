@@ -23,6 +23,7 @@ from optpipe.linear import Layers, Quantized, weight_of
 READERS = {
     "vllm": "optpipe.export.vllm.read",
     "trtllm": "optpipe.export.trtllm.read",
+    "gguf": "optpipe.export.gguf.read",
 }
 """Format of an artifact -> what reads it: (folder, layers) -> names of the plain model, tensors."""
 Reader = Callable[[Path, Layers], Iterator[tuple[str, Tensor]]]

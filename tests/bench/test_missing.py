@@ -1,10 +1,15 @@
 """An artifact that this machine cannot run costs the run nothing but its own numbers."""
 
+import pytest
+
+from optpipe.artifact import Artifact
 from optpipe.bench import report
+from optpipe.bench.backend import BACKENDS, NOT_DRIVEN
 from optpipe.bench.fidelity import gate
 from optpipe.bench.run import _whole, measure_arms
 from optpipe.bench.scenario import Scenario
 from optpipe.bench.timed.measure import BenchConfig
+from optpipe.bench.worker import Arm
 
 
 def test_it_is_never_loaded_and_the_report_says_why(arm):
@@ -20,3 +25,11 @@ def test_it_is_never_loaded_and_the_report_says_why(arm):
     assert entry["bytes"] == 1000 and entry["reasons"]["load_s"] == f"not benchmarked: {why}"
     _whole(found)  # no StageError: nothing broke
     gate.check(built, BenchConfig().quality, [])
+
+
+@pytest.mark.parametrize("format", [*NOT_DRIVEN])
+def test_formats_that_no_runtime_here_opens_say_so_too(format, tmp_path):
+    artifact = Artifact(path=tmp_path, format=format, key="k")
+    arm = Arm(name="a", artifact=artifact, dtype="float32", threads=1)
+    assert arm.missing() == NOT_DRIVEN[format]
+    assert format not in BACKENDS

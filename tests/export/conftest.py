@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from optpipe import model
 from optpipe.artifact import Artifact
@@ -25,8 +26,7 @@ def half(tiny, tmp_path_factory):
     def folder(family="llama"):
         if family not in made:
             made[family] = tmp_path_factory.mktemp(family)
-            lm = model.load(Checkpoint(tiny(family))).half()
-            lm.config.dtype = torch.float16
+            lm = AutoModelForCausalLM.from_pretrained(tiny(family), dtype=torch.float16)
             lm.save_pretrained(made[family])
         return made[family]
 
