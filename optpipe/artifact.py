@@ -27,7 +27,7 @@ class Artifact:
     path: Path
     """Folder that holds the files of this artifact."""
     format: str
-    """'hf' (torch), 'onnx' or 'ort': decides which stages accept it and which backend runs it."""
+    """'hf' (torch), 'onnx', 'ort', 'tensorrt' and others: which stages accept it, what runs it."""
     key: str
     """Hash of all that led here: model, stages, their fields, code. Equal key, equal artifact."""
     lineage: tuple[str, ...] = ()

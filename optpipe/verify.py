@@ -20,10 +20,11 @@ from torch import Tensor
 
 from optpipe import model
 from optpipe.artifact import Artifact, Stats, owner
-from optpipe.bench.backend import Backend, open_backend
+from optpipe.bench.backend import Backend, backend_class, open_backend
 from optpipe.bench.machine import usable_cores
 from optpipe.blockwise import final_logits
 from optpipe.build.ort import exact_twin
+from optpipe.build.tensorrt import check_files
 from optpipe.checkpoint import Checkpoint
 from optpipe.errors import GateError
 from optpipe.export.readback import READERS, read_back
@@ -74,6 +75,8 @@ def verify(artifact: Artifact, reference: Artifact, planned: Layers | None) -> S
     """
     if artifact.format == "hf":
         return verify_checkpoint(artifact, reference, planned)
+    if artifact.format == "tensorrt":
+        return verify_plan(artifact, reference, planned)
     # it computes what its torch model does, so it has the zeros and the ranks of that one
     same = reference.stats.get("verified", {})
     facts = {key: same[key] for key in ("sparsity", "ranks") if key in same}
@@ -87,6 +90,15 @@ def verify(artifact: Artifact, reference: Artifact, planned: Layers | None) -> S
         exact = parity(replace(artifact, path=Path(folder)), reference)
     rounded = parity(artifact, reference, "int8")
     return {**facts, "parity": asdict(rounded), "parity_float_activations": asdict(exact)}
+
+
+def verify_plan(artifact: Artifact, reference: Artifact, planned: Layers | None) -> Stats:
+    """The graph that was built, on ONNX Runtime; the plan itself where there is a GPU for it."""
+    check_files(artifact.path)
+    found = verify(replace(artifact, format="onnx"), reference, planned)
+    if backend_class(artifact.format).missing(artifact) is None:
+        found["parity_plan"] = asdict(parity(artifact, reference))
+    return found
 
 
 def verify_checkpoint(artifact: Artifact, parent: Artifact, planned: Layers | None) -> Stats:

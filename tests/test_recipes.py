@@ -9,7 +9,8 @@ from optpipe.config import build, build_stages, data_dir, register_recipes
 from optpipe.source import Source
 
 RECIPES = sorted(path.stem for path in data_dir("recipes").glob("*.yaml"))
-NEEDED = ["baseline", "default", "int4_ort", "int4_trt", "int8_ort", "lowrank_ort", "sparse24_ort"]
+NEEDED = ["baseline", "default", "int4_ort", "int8_ort", "lowrank_ort", "sparse24_ort",
+          "fp16_trt", "int4_trt", "int8_trt", "lowrank_trt", "sparse24_trt"]  # fmt: skip
 
 
 @pytest.fixture(autouse=True, scope="module")

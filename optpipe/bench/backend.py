@@ -112,6 +112,7 @@ BACKENDS = {
     "hf": "optpipe.bench.torch.Torch",
     "onnx": "optpipe.bench.ort.Ort",
     "ort": "optpipe.bench.ort.Ort",
+    "tensorrt": "optpipe.bench.tensorrt.TensorRT",
     "vllm": "optpipe.bench.vllm.Vllm",
     "trtllm": "optpipe.bench.trtllm.Trtllm",
 }

@@ -1,0 +1,130 @@
+"""TensorRT and TensorRT for RTX: which of them is here, and what it can build on this machine.
+
+Both have the same builder and parser. TensorRT times kernels on the GPU it builds for. TensorRT for
+RTX compiles kernels where the plan is loaded, so that it builds without a GPU, for the compute
+capabilities that it knows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from optpipe.errors import InputError, one_line
+from optpipe.linear import Layers
+
+FULL, RTX = "tensorrt", "tensorrt_rtx"
+PACKAGES = (FULL, RTX)
+OLDEST = {FULL: (10, 15), RTX: (1, 7)}
+"""The first version whose parser reads TensorScatter, which writes the KV cache."""
+EXTRA = {FULL: "tensorrt", RTX: "tensorrt-rtx"}
+TARGETS = ("current", "sm75", "sm80", "sm86", "sm89", "sm90", "sm100", "sm120", "sm121")
+FLAGS = ("weight_streaming", "refit", "version_compatible")
+PORTABLE = "sm80, sm86, sm89, sm120 and later"
+"""What TensorRT for RTX builds for unless it is told otherwise, by its documentation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Package:
+    """An installed package that can build here."""
+
+    name: str
+    version: str
+    gpu: str | None
+    """Compute capability of the GPU of this machine, such as 'sm90'; None: there is none."""
+
+    @cached_property
+    def module(self) -> Any:
+        return import_module(self.name)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """What it can build for, besides 'current' where there is a GPU."""
+        if self.name == FULL:  # it times kernels, so it builds for what it runs on
+            return (self.gpu,) if self.gpu else ()
+        known = self.module.ComputeCapability.__members__
+        return tuple(name.lower() for name in known if name.startswith("SM"))
+
+    def refuse_target(self, target: str | None) -> str | None:
+        """Why it cannot build for ``target``, if it cannot."""
+        if target is None or target in self.targets:
+            return None
+        if target == "current":
+            return None if self.gpu else "target 'current' needs an NVIDIA GPU, and there is none"
+        return f"{self.name} {self.version} cannot build for {target} here, only for " + ", ".join(
+            self.targets
+        )
+
+    def refuse_flag(self, flag: str) -> str | None:
+        """Why it cannot build with ``flag``, if it cannot."""
+        if self.name == FULL:
+            return None
+        if flag == "version_compatible":
+            return f"{self.name} has no lean runtime, which flag 'version_compatible' asks for"
+        if flag == "refit" and self.gpu is None:
+            return f"{self.name} asks for a GPU to build with flag 'refit', and there is none"
+        return None
+
+
+def find(wanted: str) -> Package:
+    """The package of this name; for 'auto' the first of PACKAGES that can build here.
+
+    Raises InputError with what is the matter with each, and what to install.
+    """
+    gpu = gpu_target()
+    reasons = []
+    for name in PACKAGES if wanted == "auto" else (wanted,):
+        found = _look(name, gpu)
+        if isinstance(found, Package):
+            return found
+        reasons.append(found)
+    advice = " or ".join(f"'optpipe[{EXTRA[name]}]'" for name in PACKAGES[::-1])
+    raise InputError(
+        f"{'; '.join(reasons)}; pip install {advice} (the first builds without a GPU), or end with "
+        "stages=[...,export]"
+    )
+
+
+def gpu_target() -> str | None:
+    """The compute capability of the GPU of this machine, such as 'sm90'; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm{major}{minor}"
+
+
+def _look(name: str, gpu: str | None) -> Package | str:
+    """The package, or why it cannot build here."""
+    if find_spec(name) is None:
+        return f"package '{name}' is not installed"
+    try:
+        version = str(import_module(name).__version__)
+    except (ImportError, OSError) as error:  # its libraries are missing or of another kind
+        return f"package '{name}' cannot be imported: {one_line(error)}"
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST[name]:
+        oldest = ".".join(map(str, OLDEST[name]))
+        return f"{name} {version} cannot read TensorScatter, {oldest} or newer can"
+    if name == FULL and gpu is None:
+        return f"{name} {version} builds on a machine with an NVIDIA GPU only"
+    return Package(name=name, version=version, gpu=gpu)
+
+
+def refuse_layers(layers: Layers, target: str | None) -> str | None:
+    """Why TensorRT cannot multiply with one of these layers, if it cannot."""
+    for name, form in layers.items():
+        if form.bits is None:
+            continue
+        if not form.symmetric:
+            return f"layer '{name}' has zero points, TensorRT takes symmetric=true only"
+        if form.inputs is not None and not form.static_inputs:
+            return f"layer '{name}' rounds its inputs by '{form.inputs}', TensorRT by one scale"
+        if target == "sm75" and form.number == "int" and form.bits < 8:
+            return f"layer '{name}' has weights of {form.bits} bits, which sm75 cannot unpack"
+        if target in ("sm75", "sm80", "sm86") and form.number == "fp8":
+            return f"layer '{name}' has fp8 weights, which begin with sm89, not {target}"
+    return None

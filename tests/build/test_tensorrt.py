@@ -1,0 +1,330 @@
+"""Engines: what is asked of TensorRT, what is refused before any work, what the folder says.
+
+Plans are built for real where tensorrt_rtx is installed, which needs no GPU; none is executed.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from omegaconf import OmegaConf
+
+from optpipe import model
+from optpipe.artifact import Artifact
+from optpipe.bench.backend import backend_class
+from optpipe.build import nvidia, plan, tensorrt
+from optpipe.build.nvidia import Package
+from optpipe.build.tensorrt import TensorRT, about, check_files
+from optpipe.checkpoint import Checkpoint
+from optpipe.config import build, data_dir
+from optpipe.errors import GateError, InputError
+from optpipe.export.onnx import Onnx
+from optpipe.linear import Form
+from optpipe.lowrank.svd import Svd
+from optpipe.prune.magnitude import Magnitude
+from optpipe.quant.rtn import Rtn
+from optpipe.verify import verify
+
+FULL = Package(name="tensorrt", version="11.4.0", gpu="sm90")
+RTX = Package(name="tensorrt_rtx", version="1.7.1", gpu=None)
+
+
+@pytest.fixture
+def no_package(monkeypatch):
+    monkeypatch.setattr(nvidia, "find_spec", lambda name: None)
+
+
+@pytest.fixture
+def graph(run, tiny):
+    """The canonical graph of a model, in float16."""
+
+    def make(folder=None, capacity=64):
+        return run(Onnx(dtype="float16", capacity=capacity), folder or tiny())
+
+    return make
+
+
+def test_the_yaml_shows_every_field_with_its_default():
+    node = OmegaConf.load(data_dir("conf") / "build" / "tensorrt.yaml")
+    assert build(node) == TensorRT()
+    assert node.keys() - {"_target_"} == vars(TensorRT()).keys()
+
+
+@pytest.mark.parametrize("fields, message", [
+    ({"package": "trt"}, "package must be one of auto, tensorrt, tensorrt_rtx, got 'trt'"),
+    ({"target": "sm91"}, "target must be one of null, current, sm75.*got 'sm91'"),
+    ({"flags": ["fp16"]}, "flags must be one of weight_streaming, refit.*got 'fp16'"),
+    ({"max_batch": 0}, "max_batch must be at least 1, got 0"),
+    ({"max_prompt": 0}, "max_prompt must be at least 1"),
+    ({"typical_prompt": -1}, "typical_prompt must be at least 1, got -1"),
+    ({"workspace_mb": 0}, "workspace_mb must be at least 1"),
+])  # fmt: skip
+def test_bad_fields_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        TensorRT(**fields)
+
+
+@pytest.mark.parametrize("form, target, message", [
+    ({"bits": 4, "symmetric": False}, None, "zero points"),
+    ({"bits": 8, "inputs": "int8_token"}, None, "int8_token"),
+    ({"bits": 4}, "sm75", "4 bits, which sm75 cannot unpack"),
+    ({"bits": 8, "number": "fp8", "inputs": "fp8_tensor"}, "sm86", "begin with sm89"),
+])  # fmt: skip
+def test_layers_that_tensorrt_has_no_product_for_are_refused(form, target, message):
+    layers = {"dense": Form(rows=4, cols=4), "odd": Form(rows=4, cols=4, **form)}
+    with pytest.raises(ValueError, match=f"layer 'odd'.*{message}"):
+        TensorRT(target=target).plan(layers)
+
+
+def test_layers_that_it_has_are_not():
+    forms = [{"bits": 8}, {"bits": 4}, {"bits": 8, "number": "fp8", "inputs": "fp8_tensor"},
+             {"bits": 8, "inputs": "int8_tensor"}]  # fmt: skip
+    layers = {str(i): Form(rows=4, cols=4, **form) for i, form in enumerate(forms)}
+    assert TensorRT(target="sm89").plan(layers) == layers
+
+
+def test_tensorrt_builds_for_the_gpu_it_times_on():
+    assert FULL.refuse_target("sm90") is None and FULL.refuse_target("current") is None
+    assert "tensorrt 11.4.0 cannot build for sm89 here, only for sm90" in FULL.refuse_target("sm89")
+    assert [FULL.refuse_flag(flag) for flag in nvidia.FLAGS] == [None] * 3
+
+
+def test_what_tensorrt_for_rtx_cannot_do_has_a_reason():
+    assert "lean runtime" in RTX.refuse_flag("version_compatible")
+    assert "asks for a GPU" in RTX.refuse_flag("refit")
+    assert RTX.refuse_flag("weight_streaming") is None
+    with pytest.raises(InputError, match="no timing_cache"):
+        TensorRT(timing_cache="timings")._check(RTX)
+
+
+def test_without_a_package_the_message_says_what_to_install(no_package):
+    with pytest.raises(InputError) as error:
+        nvidia.find("auto")
+    text = str(error.value)
+    assert "'tensorrt' is not installed; package 'tensorrt_rtx' is not installed" in text
+    assert "'optpipe[tensorrt-rtx]' or 'optpipe[tensorrt]' (the first builds without a GPU)" in text
+    for asked in ({"package": "tensorrt"}, {"target": "sm89"}, {"flags": ["refit"]}):
+        with pytest.raises(InputError, match="is not installed"):
+            TensorRT(**asked).inputs(Checkpoint(Path(tensorrt.__file__).parents[1] / "demo"))
+
+
+def test_tensorrt_without_a_gpu_builds_nothing(monkeypatch):
+    class Module:
+        __version__ = "11.4.0.106"
+
+    monkeypatch.setattr(nvidia, "find_spec", lambda name: Module if name == "tensorrt" else None)
+    monkeypatch.setattr(nvidia, "import_module", lambda name: Module)
+    monkeypatch.setattr(nvidia, "gpu_target", lambda: None)
+    with pytest.raises(InputError, match="builds on a machine with an NVIDIA GPU only"):
+        nvidia.find("auto")
+    monkeypatch.setattr(nvidia, "gpu_target", lambda: "sm90")
+    assert nvidia.find("auto") == Package(name="tensorrt", version="11.4.0.106", gpu="sm90")
+    Module.__version__ = "10.14.1.48"
+    with pytest.raises(InputError, match=r"10\.14\.1\.48 cannot read TensorScatter, 10\.15 or"):
+        nvidia.find("tensorrt")
+
+
+def test_without_a_package_the_graph_is_checked_and_the_folder_says_why(
+    no_package, graph, tiny, run
+):
+    made = run(TensorRT(), graph())
+    told = about(made.path)
+    assert told["plan"] is None and "is not installed" in told["not_built"]
+    assert not (made.path / tensorrt.PLAN).exists()
+    found = verify(made, Artifact(path=tiny(), format="hf", key="k"), None)
+    assert found["parity"]["positions"] > 40 and "parity_plan" not in found
+    assert "no plan was built: package" in backend_class("tensorrt").missing(made)
+
+
+def test_ranges_are_those_of_the_two_phases():
+    found = plan.ranges(max_batch=8, max_prompt=64, typical_prompt=128)
+    assert found["prefill"] == {"B": (1, 1, 8), "S": (1, 64, 64), "L": (1, 1, 64)}
+    assert found["decode"] == {"B": (1, 1, 8), "S": (1, 1, 1), "L": (1, 1, 1)}
+    assert plan.ranges(1, 4096, 128)["prefill"]["L"] == (1, 1, plan.LOGITS)
+
+
+def test_every_size_that_varies_has_a_range_and_the_cache_keeps_its_capacity(graph):
+    model = onnx.load(graph().path / "model.onnx", load_external_data=False).graph
+    found = plan.shapes(model, plan.ranges(8, 64, 16)["prefill"])
+    assert found.keys() == {value.name for value in model.input}
+    assert found["input_ids"] == ((1, 1), (1, 16), (8, 64))
+    assert found["past_key_values.2.value"] == ((1, 2, 64, 16), (1, 2, 64, 16), (8, 2, 64, 16))
+    assert found["write_indices"] == ((1,), (1,), (8,))
+
+
+@pytest.mark.parametrize("sparsity, expected", [(None, False), ("2:4", True), ("4:8", False)])
+def test_sparse_kernels_are_for_weights_that_are_2_4(sparsity, expected, graph, run, tiny):
+    source = run(Magnitude(pattern=sparsity), tiny()) if sparsity else tiny()
+    assert plan.sparse24(graph(source).path) == expected
+
+
+def test_codes_of_a_2_4_weight_are_2_4(graph, run, tiny):
+    pruned = run(Magnitude(pattern="2:4"), tiny())
+    assert plan.sparse24(graph(run(Rtn(bits=8, group_size=-1), pruned)).path)
+    assert not plan.sparse24(graph(run(Rtn(bits=8, group_size=-1), tiny())).path)
+
+
+def test_a_prompt_beyond_the_cache_is_refused(graph, tiny, run):
+    with pytest.raises(InputError, match="max_prompt 129 exceeds the context of 128"):
+        TensorRT(max_prompt=129).inputs(Checkpoint(tiny()))
+    with pytest.raises(InputError, match=r"max_prompt 65 exceeds export.capacity 64"):
+        run(TensorRT(max_prompt=65), graph())
+
+
+FAMILIES = ("llama", "qwen3", "phi3", "gemma2", "gpt2")
+FORMATS = {
+    "int4 g32": Rtn(bits=4, group_size=32),
+    "int4 channel": Rtn(bits=4, group_size=-1),
+    "int3 g32": Rtn(bits=3, group_size=32),
+    "int8 channel": Rtn(bits=8, group_size=-1),
+    "int8 g32": Rtn(bits=8, group_size=32),
+    "2:4": Magnitude(pattern="2:4"),
+    "low rank": Svd(keep=0.8, rank_multiple=4),
+}
+
+
+@pytest.fixture
+def rtx():
+    return pytest.importorskip("tensorrt_rtx")
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_plans_are_built_of_every_format(form, graph, run, tiny, rtx):
+    made = run(TensorRT(), graph(run(FORMATS[form], tiny())))
+    assert_whole(made, rtx)
+    assert ("sparse_weights" in about(made.path)["flags"]) == (form == "2:4")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_plans_are_built_of_every_family_with_layers_of_every_format(name, graph, run, tiny, rtx):
+    source, layers = tiny(name), [*model.layers(Checkpoint(tiny(name)))]
+    layers.remove("lm_head")
+    for index, method in enumerate(FORMATS.values()):
+        targets = layers[index :: len(FORMATS)]
+        assert targets
+        source = run(replace(method, targets=targets), source)
+    made = run(TensorRT(), graph(source))
+    assert_whole(made, rtx)
+    kinds = {kind for kind, _ in weights(made.path)}
+    assert {onnx.TensorProto.INT4, onnx.TensorProto.INT8, onnx.TensorProto.FLOAT16} <= kinds
+
+
+def weights(folder):
+    """Type and shape of every initializer."""
+    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    return [(proto.data_type, tuple(proto.dims)) for proto in graph.initializer]
+
+
+def assert_whole(made, rtx):
+    """A plan that TensorRT recognizes, and a sidecar that says all of it."""
+    blob, told = (made.path / tensorrt.PLAN).read_bytes(), about(made.path)
+    runtime = rtx.Runtime(plan.listener(rtx))
+    malformed = int(rtx.EngineInvalidityDiagnostics.MALFORMED_ENGINE)
+    assert not runtime.get_engine_validity(blob)[1] & malformed
+    assert runtime.get_engine_validity(blob[4:])[1] & malformed
+    assert told["package"] == "tensorrt_rtx" and told["version"] == rtx.__version__
+    assert set(told["sha256"]) == {f.name for f in made.path.iterdir()} - {tensorrt.SIDECAR}
+    graph = onnx.load(made.path / "model.onnx", load_external_data=False).graph
+    tensors = {entry["name"]: entry for entry in told["tensors"]}
+    assert tensors.keys() == {v.name for v in (*graph.input, *graph.output)}
+    assert tensors["logits"]["shape"] == ["B", "L", 288] and tensors["logits"]["dtype"] == "half"
+    assert tensors["past_key_values.0.key"]["shape"][0] == "B"
+    assert list(told["profiles"]) == ["prefill", "decode"]
+
+
+def test_options_reach_the_builder(graph, run, rtx, monkeypatch):
+    """Weight streaming, a target and a limit of scratch memory, as the builder has them."""
+    configs, configure = [], plan._configure
+
+    def spy(trt, config, request, sparse):
+        configure(trt, config, request, sparse)
+        configs.append(config)
+        flags = [flag for flag in trt.BuilderFlag.__members__.values() if config.get_flag(flag)]
+        configs.append({flag.name for flag in flags})
+        configs.append(config.get_compute_capability(0).name)
+        configs.append(config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE))
+
+    monkeypatch.setattr(plan, "_configure", spy)
+    steps = []
+    source, out = graph(), run
+    stage = TensorRT(target="sm89", flags=["weight_streaming"], workspace_mb=64, max_batch=2)
+    monkeypatch.setattr(plan, "reporter", _recording(plan.reporter, steps))
+    made = out(stage, source)
+    assert {"WEIGHT_STREAMING", "TF32"} == configs[1]
+    assert configs[2:] == ["SM89", 64_000_000]
+    assert about(made.path)["target"] == "sm89"
+    assert about(made.path)["profiles"]["decode"]["input_ids"] == [[1, 1], [1, 1], [2, 1]]
+    assert steps and all(0 < done <= total for _, done, total in steps)
+
+
+def _recording(reporter, steps):
+    return lambda trt, progress: reporter(trt, lambda *step: steps.append(step))
+
+
+def test_ctrl_c_ends_the_build(graph, run, rtx, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    reporter = plan.reporter
+    monkeypatch.setattr(plan, "reporter", lambda trt, progress: reporter(trt, interrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(TensorRT(), graph())
+
+
+def test_what_the_parser_does_not_know_is_named(graph, run, rtx, tiny):
+    source = graph()
+    model = onnx.load(source.path / "model.onnx", load_external_data=False)
+    for node in model.graph.node:
+        if node.op_type == "TensorScatter":
+            node.op_type = "TensorGather"
+    (source.path / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(RuntimeError, match="cannot read the graph: TensorGather"):
+        run(TensorRT(), source)
+
+
+@pytest.mark.parametrize("target, message", [
+    ("sm90", "cannot build for sm90 here, only for sm75, sm80"),
+    ("current", "needs an NVIDIA GPU"),
+])  # fmt: skip
+def test_targets_are_those_of_the_package(target, message, rtx, tiny, monkeypatch):
+    monkeypatch.setattr(nvidia, "gpu_target", lambda: None)
+    stage = TensorRT(package="tensorrt_rtx", target=target)
+    with pytest.raises(InputError, match=message):
+        stage.inputs(Checkpoint(tiny()))
+
+
+@pytest.mark.parametrize("name", ["engine.plan", "model.onnx.data", "config.json"])
+def test_files_that_changed_are_not_verified(name, graph, run, rtx):
+    made = run(TensorRT(), graph())
+    check_files(made.path)
+    content = (made.path / name).read_bytes()
+    (made.path / name).unlink()  # the data is the exporter's, too
+    (made.path / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(GateError, match=f"{name}' is not the file"):
+        check_files(made.path)
+
+
+def test_a_plan_is_not_loaded_where_it_cannot_run(graph, run, rtx, monkeypatch):
+    made = run(TensorRT(), graph())
+    missing = backend_class("tensorrt").missing
+    where = "optpipe.bench.tensorrt"
+    monkeypatch.setattr(f"{where}.gpu_target", lambda: None)
+    assert missing(made) == "there is no NVIDIA GPU here; the plan is for " + nvidia.PORTABLE
+    monkeypatch.setattr(f"{where}.gpu_target", lambda: "sm90")
+    assert "TensorRT-RTX says that sm90 cannot run the plan" in missing(made)  # no driver here
+    told = about(made.path)
+    (made.path / tensorrt.SIDECAR).write_text(json.dumps({**told, "version": "1.6.0"}))
+    assert "the plan is of tensorrt_rtx 1.6.0, installed is" in missing(made)
+    (made.path / tensorrt.SIDECAR).write_text(json.dumps({**told, "package": "tensorrt_xl"}))
+    assert missing(made) == "package 'tensorrt_xl' is not installed"
+
+
+def test_a_dense_weight_beside_others_is_not_2_4():
+    weight = np.ones((8, 2))
+    weight[::2] = 0
+    assert plan._is24(weight)
+    weight[0, 1] = 1
+    assert not plan._is24(weight) and not plan._is24(np.zeros((6, 2)))
