@@ -21,8 +21,8 @@ from optpipe.artifact import Artifact
 from optpipe.calibrate import Observation
 from optpipe.checkpoint import Checkpoint, Writer
 from optpipe.device import fastest
-from optpipe.family import HEAD, Block
-from optpipe.flow import Flow, advance, inputs, observe, start
+from optpipe.family import HEAD, Block, Decoder
+from optpipe.flow import Flow, advance, observe, observe_head, start
 from optpipe.linear import Form, Layers, LowRank, Quantized, encode, mask_of
 from optpipe.stage import Progress
 
@@ -88,7 +88,7 @@ def rewrite(
         writer.add(block.name, block_tensors(lm, block, checkpoint, planned))
         model.drop(lm, block.name)
     decoder = checkpoint.decoder
-    head = _head_change(lm, change, flow, observation)(decoder.head, decoder.final_norm)
+    head = _changed_head(lm, decoder, change, flow, observation)
     shared = decoder.tied and planned[decoder.head].bits is None
     write_ends(lm, checkpoint, writer, planned, None if shared else head)
     writer.close(planned)
@@ -112,23 +112,18 @@ def final_logits(checkpoint: Checkpoint, ids_T: Tensor) -> Tensor:
     return logits[0]
 
 
-def _head_change(
-    lm: PreTrainedModel, change: Change, flow: Flow | None, observation: Observation | None
-) -> Callable[[str, str], nn.Module]:
-    """Changes the head, whose inputs are the final hidden states after their norm."""
-
-    device = fastest()
-
-    def changed(head: str, norm: str) -> nn.Module:
-        layer, statistic = lm.get_submodule(head).to(device), None
-        if flow and observation and head in observation.wanted:
-            statistic = observation.statistic(inputs(layer))
-            for hidden in flow.hidden:
-                normed = lm.get_submodule(norm).to(device)(hidden)
-                statistic.add(normed.reshape(-1, normed.shape[-1]))
-        return change(head, layer, statistic).to("cpu")
-
-    return changed
+def _changed_head(
+    lm: PreTrainedModel,
+    decoder: Decoder,
+    change: Change,
+    flow: Flow | None,
+    observation: Observation | None,
+) -> nn.Module:
+    statistic = None
+    if flow and observation and decoder.head in observation.wanted:
+        statistic = observe_head(lm, decoder, flow, observation)
+    layer = lm.get_submodule(decoder.head).to(fastest())
+    return change(decoder.head, layer, statistic).to("cpu")
 
 
 def write_ends(

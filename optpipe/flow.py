@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,9 @@ from transformers import PreTrainedModel
 
 from optpipe import model
 from optpipe.calibrate import Observation, Statistic
-from optpipe.family import Block
+from optpipe.checkpoint import Checkpoint
+from optpipe.device import fastest
+from optpipe.family import Block, Decoder
 from optpipe.linear import Quantized
 
 
@@ -88,6 +90,39 @@ def observe(
     for hook in hooks:
         hook.remove()
     return seen
+
+
+def observe_head(
+    lm: PreTrainedModel, decoder: Decoder, flow: Flow, observation: Observation
+) -> Statistic:
+    """What the head is fed: the hidden states behind the last block, after their norm."""
+    head, norm = lm.get_submodule(decoder.head), lm.get_submodule(decoder.final_norm)
+    statistic = observation.statistic(inputs(head))
+    for hidden in flow.hidden:
+        normed = norm.to(hidden.device)(hidden)
+        statistic.add(normed.reshape(-1, normed.shape[-1]))
+    return statistic
+
+
+@torch.no_grad()
+def observed(
+    checkpoint: Checkpoint, observation: Observation
+) -> Iterator[tuple[str, nn.Module, Any]]:
+    """Every wanted layer of a model as it is, with the statistic of its inputs, block by block."""
+    device, decoder = fastest(), checkpoint.decoder
+    lm = model.skeleton(checkpoint)
+    flow = start(lm, decoder.blocks, observation.ids_ST).to(device)
+    for index, block in enumerate(decoder.blocks):
+        module = model.fill(lm, block.name, checkpoint, torch.float32).to(device)
+        seen = observe(lm, block, index, flow, observation)
+        for name, layer in model.block_linears(lm, block):
+            if name in seen:
+                yield name, layer, seen.pop(name)
+        advance(module, flow, index)
+        model.drop(lm, block.name)
+    if decoder.head in observation.wanted:
+        statistic = observe_head(lm, decoder, flow, observation)
+        yield decoder.head, lm.get_submodule(decoder.head).to(device), statistic
 
 
 def _feed(statistic: Statistic) -> Callable[[nn.Module, tuple[Tensor]], None]:

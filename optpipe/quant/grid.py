@@ -171,10 +171,13 @@ class Quantize(Stage):
         return None
 
     def run(self, source: Artifact, out: Path, progress: Progress) -> Stats:
+        planned = self.plan(model.layers(Checkpoint(source.path)))
+        return self.write(source, out, planned, progress)
+
+    def write(self, source: Artifact, out: Path, planned: Layers, progress: Progress) -> Stats:
+        """Give every layer its form."""
         checkpoint = Checkpoint(source.path)
-        layers = model.layers(checkpoint)
-        planned = self.plan(layers)
-        chosen = select(layers, self.targets, self.head)
+        chosen = select(model.layers(checkpoint), self.targets, self.head)
 
         def change(name: str, layer: nn.Module, statistic: Any) -> nn.Module:
             if name not in chosen:
