@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from optpipe.bench.pages import compare, flat, html, publish, schema
+from optpipe.bench.pages import compare, flat, html, publish, raw, schema
 from optpipe.errors import InputError, one_line
 
 OK, UNSOUND, BAD_INPUT, BROKEN = 0, 1, 2, 4
@@ -60,7 +60,7 @@ def _compare(given: argparse.Namespace) -> int:
 def _html(given: argparse.Namespace) -> int:
     found = publish.read(given.folder)
     page = given.folder / "report.html"
-    page.write_text(html.page(found, publish.series(given.folder)), encoding="utf-8")
+    page.write_text(html.page(found, raw.read(given.folder)), encoding="utf-8")
     print(page)
     return OK
 

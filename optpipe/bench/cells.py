@@ -257,9 +257,10 @@ def _percentiles(values: list[float], why: str) -> Entry:
     found: Entry = {}
     reasons: dict[str, str] = {}
     bounds: dict[str, list[float]] = {}
-    failed = sum(value == np.inf for value in values)
+    ranked = np.sort(np.asarray(values, dtype=np.float64))
+    failed = int(np.isinf(ranked).sum())
     for q in PERCENTILES:
-        within = percentile_interval(values, q)
+        within = percentile_interval(ranked, q)
         if within is not None and not np.isfinite(within[1]):
             within = None
             reasons[f"p{q}"] = f"{failed} of {len(values)} requests failed: nothing bounds it"
@@ -267,7 +268,7 @@ def _percentiles(values: list[float], why: str) -> Entry:
             needed = max(fewest_samples(q), fewest_samples(100 - q))
             few = f"{len(values)} samples; {needed} are the fewest that bound it at {LEVEL:.0%}"
             reasons[f"p{q}"] = few if values else why
-        found[f"p{q}"] = percentile(values, q) if within else None
+        found[f"p{q}"] = percentile(ranked, q) if within else None
         if within is not None:
             bounds[f"p{q}"] = list(within)
     return {**found, "ci": bounds, "samples": len(values), "reasons": reasons}

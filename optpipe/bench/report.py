@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ from optpipe.bench.evidence.statistics import LEVEL
 from optpipe.bench.fidelity import assess
 from optpipe.bench.judgement import Judgement
 from optpipe.bench.outcome import Outcome
+from optpipe.bench.pages import raw
 from optpipe.bench.pages.publish import publish
 from optpipe.bench.scenario import hash_ids
 from optpipe.bench.summary import crossover, recommendation
@@ -48,11 +46,8 @@ def build(outcome: Outcome, facts: Mapping[str, Any]) -> Entry:
 def write(found: Entry, samples: Sequence[Sample], out: Path) -> None:
     """Every raw sample, then report.json, .md and .html from the same numbers."""
     out.mkdir(parents=True, exist_ok=True)
-    with gzip.open(out / "samples.jsonl.gz", "wt", encoding="ascii") as stream:
-        for sample in samples:
-            record = {**asdict(sample), "cell": sample.cell._asdict()}
-            stream.write(json.dumps(record, allow_nan=False) + "\n")
-    publish(found, out)
+    raw.write(samples, out)
+    publish(found, out, raw.points(samples))
 
 
 def _design(outcome: Outcome, judgement: Judgement) -> Entry:

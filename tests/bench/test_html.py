@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 import reports
 
-from optpipe.bench.pages import charts, curves, figure, html, publish
+from optpipe.bench.pages import charts, curves, figure, html, publish, raw
 from optpipe.bench.pages.view import DASH, names, parent, three_digits
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -66,7 +66,7 @@ def whole(tmp_path_factory):
     """A report with every field, and its page as text."""
     found = reports.report()
     folder = reports.save(found, tmp_path_factory.mktemp("whole"))
-    return found, html.page(found, publish.series(folder))
+    return found, html.page(found, raw.read(folder))
 
 
 def test_the_page_parses_and_loads_nothing(whole):
@@ -221,6 +221,6 @@ def test_points_on_one_spot_share_a_mark(whole):
 def test_reading_timings_stops_at_a_limit(tmp_path, monkeypatch):
     folder = folder_of(reports.report(), tmp_path)
     with gzip.open(folder / "samples.jsonl.gz", "rt") as stream:
-        assert len(publish.series(folder)) == len(stream.readlines())
-    monkeypatch.setattr(publish, "MOST_SAMPLES", 10)
-    assert len(publish.series(folder)) == 10
+        assert len(raw.read(folder)) == len(stream.readlines())
+    monkeypatch.setattr(raw, "MOST", 10)
+    assert len(raw.read(folder)) == 10

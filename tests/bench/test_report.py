@@ -320,7 +320,7 @@ def test_an_arm_that_breaks_costs_itself_only_and_the_run_says_so(tmp_path, monk
     assert "ended with code 9" in bad["reasons"]["tpot_s"]
 
 
-def test_a_million_stamps_are_analysed_within_five_seconds(outcome):
+def test_a_million_stamps_are_analysed_and_written_within_five_seconds(outcome, tmp_path):
     given = outcome(names=("baseline",), scales=(1.0,))
     tokens = 31
     cell = CELL._replace(new_tokens=tokens)
@@ -339,7 +339,10 @@ def test_a_million_stamps_are_analysed_within_five_seconds(outcome):
     assert sum(len(s.token_ns) for s in given.measured.samples) == 992_000
     start = time.process_time()
     built = report.build(given, FACTS)
+    report.write(built, given.measured.samples, tmp_path)
     assert time.process_time() - start < 5
+    with gzip.open(tmp_path / "samples.jsonl.gz") as stream:
+        assert sum(1 for _ in stream) == len(given.measured.samples)
     _, found = entry(built, "baseline", cell)
     assert found["percentiles"]["itl_s"]["p99"] is not None
 

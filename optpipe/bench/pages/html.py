@@ -17,7 +17,7 @@ STYLE = Path(__file__).with_name("report.css")
 
 
 def page(found: Mapping[str, Any], series: Sequence[Mapping[str, Any]]) -> str:
-    """The whole page. ``series``: timings as :func:`.publish.series` gives them."""
+    """The whole page. ``series``: timings as :func:`.raw.read` gives them."""
     title = f"optpipe: {found['run'].get('recipe') or 'benchmark'}"
     head = join([
         Safe('<meta charset="utf-8">'),

@@ -1,0 +1,81 @@
+"""Every raw timing of a run, one JSON object a line: written once, read for the page's charts."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, fields, is_dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from optpipe.bench.scenario import Cell
+from optpipe.bench.timed.samples import Sample
+
+SAMPLES = "samples.jsonl.gz"
+MOST = 100_000
+"""Reading more would take longer than the page is worth."""
+LINES = 1000
+"""Compressed at a time."""
+LEVEL = 1
+"""Of gzip: a fifth larger than the default of 9 here, and five times as fast."""
+Point = dict[str, Any]
+"""The end-to-end time of one iteration: arm, session, block, reason, cell (a tuple), e2e_s."""
+
+
+def write(samples: Sequence[Sample], folder: Path) -> None:
+    """All samples, in order. Raises ValueError for a number that is not finite."""
+    encode = json.JSONEncoder(allow_nan=False, default=_plain).encode
+    with gzip.open(folder / SAMPLES, "wb", compresslevel=LEVEL) as stream:
+        encoded = map(encode, _records(samples))
+        while lines := [*islice(encoded, LINES)]:
+            stream.write(("\n".join(lines) + "\n").encode("ascii"))
+
+
+def points(samples: Iterable[Sample]) -> list[Point]:
+    """Of samples in memory, at most ``MOST``; one without a token has no time."""
+    return [
+        _point((s.arm, s.session, s.block, s.reason), s.cell, s.token_ns[-1] - s.submit_ns)
+        for s in islice(samples, MOST)
+        if s.token_ns
+    ]
+
+
+def read(folder: Path) -> list[Point]:
+    """Those of the file in a folder; none where there is no file, as beside a sweep's report."""
+    file = folder / SAMPLES
+    if not file.is_file():
+        return []
+    with gzip.open(file, "rt", encoding="ascii") as stream:
+        return [
+            _point(
+                (s["arm"], s["session"], s["block"], s["reason"]),
+                Cell(**s["cell"]),
+                s["token_ns"][-1] - s["submit_ns"],
+            )
+            for s in map(json.loads, islice(stream, MOST))
+            if s["token_ns"]
+        ]
+
+
+def _point(who: tuple[str, int, int, str | None], cell: Cell, taken_ns: int) -> Point:
+    arm, session, block, reason = who
+    return {"arm": arm, "session": session, "block": block, "reason": reason,
+            "cell": tuple(cell), "e2e_s": taken_ns / 1e9}  # fmt: skip
+
+
+def _records(samples: Iterable[Sample]) -> Iterator[dict[str, Any]]:
+    """Fields by name, not copied: `asdict` takes ten times as long."""
+    names = [field.name for field in fields(Sample)]
+    cells: dict[Cell, dict[str, Any]] = {}
+    for sample in samples:
+        record = {name: getattr(sample, name) for name in names}
+        record["cell"] = cells.setdefault(sample.cell, sample.cell._asdict())
+        yield record
+
+
+def _plain(value: Any) -> Any:
+    """What JSON does not know: the requests of a server."""
+    assert is_dataclass(value) and not isinstance(value, type)
+    return asdict(value)
