@@ -26,12 +26,11 @@ from optpipe.blockwise import close_like_source, like_source
 from optpipe.calibrate import Calib
 from optpipe.checkpoint import Checkpoint, Writer
 from optpipe.device import fastest
-from optpipe.errors import InputError
 from optpipe.flow import Flow, advance, call, start
 from optpipe.linear import Layers
+from optpipe.recover.teacher import Teacher
 from optpipe.recover.tune import Tuning, batches, check_training, check_tunable, rate_at
 from optpipe.stage import Progress, Stage
-from optpipe.structure.resize import source_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +72,8 @@ class Blockwise(Stage):
         for index, block in enumerate(blocks):
             progress(block.name, index, len(blocks))
             module = model.fill(lm, block.name, student, torch.float32).to(device)
-            tuning = Tuning(lm, [block], student)
+            tuning = Tuning(lm, student)
+            tuning.add_block(block)
             errors.append(self._reconstruct(Task(module, flow, index, teacher.targets()), tuning))
             advance(module, flow, index)
             module.to("cpu")
@@ -130,37 +130,3 @@ class Task:
         wrong = sum(float(self.loss([sample]).double()) for sample in range(len(self.targets)))
         spread = sum(float(target.double().var(correction=0)) for target in self.targets)
         return wrong / spread
-
-
-class Teacher:
-    """The untouched model, one block at a time."""
-
-    def __init__(self, checkpoint: Checkpoint, student: Checkpoint, ids_ST: Tensor) -> None:
-        check_same_basis(checkpoint, student)
-        self._checkpoint, self._blocks = checkpoint, checkpoint.decoder.blocks
-        self._lm = model.skeleton(checkpoint)
-        self._flow = start(self._lm, self._blocks, ids_ST).to(fastest())
-        places = source_blocks(checkpoint.config)
-        begins = [places.index(block) for block in source_blocks(student.config)]
-        self._ends = iter([*begins[1:], len(self._blocks)])
-        self._done = 0
-
-    def targets(self) -> list[Tensor]:
-        """Hidden states after the next block of the student, or after the blocks it stands for."""
-        for index in range(self._done, end := next(self._ends)):
-            name = self._blocks[index].name
-            module = model.fill(self._lm, name, self._checkpoint, torch.float32).to(fastest())
-            advance(module, self._flow, index)
-            model.drop(self._lm, name)
-        self._done = end
-        return list(self._flow.hidden)
-
-
-def check_same_basis(teacher: Checkpoint, student: Checkpoint) -> None:
-    """Raise InputError if hidden states of the two cannot be compared, as after a rotation."""
-    name = f"{teacher.decoder.embed}.weight"
-    if not torch.equal(teacher.tensor(name), student.tensor(name)):
-        raise InputError(
-            "the embedding is not that of the untouched model any more, so that hidden states have "
-            "another basis; recover before transform=rotate"
-        )

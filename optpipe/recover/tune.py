@@ -12,12 +12,13 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from optpipe import model
 from optpipe.checkpoint import Checkpoint
 from optpipe.family import Block
-from optpipe.linear import Layers, Quantized, mask_of
+from optpipe.linear import Layers, Quantized, mask_of, weight_of
 
 HALF = torch.finfo(torch.float16)
 LEAST_RMS = 1e-2
@@ -25,45 +26,83 @@ LEAST_RMS = 1e-2
 WARM_UP = 0.1
 
 
-class Tuning:
-    """The tensors of some blocks that training may change, and the way back to what is stored."""
+class Adapter(nn.Module):
+    """weight + mask * (B A): LoRA (arXiv:2106.09685) with the mask inside, B starting at zero."""
 
-    def __init__(self, lm: PreTrainedModel, blocks: list[Block], checkpoint: Checkpoint) -> None:
+    def __init__(self, weight_RC: Tensor, mask_RC: Tensor | None, rank: int, seed: int) -> None:
+        super().__init__()
+        rows, cols = weight_RC.shape
+        generator = torch.Generator().manual_seed(seed)
+        # a change of B by x changes the weight by about x
+        a_KC = torch.randn(rank, cols, generator=generator) / math.sqrt(rank)
+        self.a_KC = nn.Parameter(a_KC.to(weight_RC.device))
+        self.b_RK = nn.Parameter(torch.zeros(rows, rank, device=weight_RC.device))
+        self.mask_RC = mask_RC
+
+    def forward(self, weight_RC: Tensor) -> Tensor:
+        delta_RC = self.b_RK @ self.a_KC
+        return weight_RC + (delta_RC if self.mask_RC is None else delta_RC * self.mask_RC)
+
+
+class Tuning:
+    """The tensors of a model that training may change, and the way back to what is stored.
+
+    With a ``rank``, dense layers that are no factors are trained through an :class:`Adapter`.
+    """
+
+    def __init__(self, lm: PreTrainedModel, checkpoint: Checkpoint, rank: int = 0) -> None:
+        self._lm, self._checkpoint, self._rank = lm, checkpoint, rank
+        self._free: list[tuple[Tensor, float]] = []
+        """What is trained, and a step of it in units of the rate."""
+        self._stored: list[tuple[Tensor, torch.dtype]] = []
         self._quantized: list[Quantized] = []
         self._masked: list[tuple[Tensor, Tensor]] = []
-        self._stored: list[tuple[Tensor, torch.dtype]] = []
-        for block in blocks:
-            self._add_block(lm, block, checkpoint)
+        self._adapted: list[tuple[nn.Linear, torch.dtype]] = []
 
-    def _add_block(self, lm: PreTrainedModel, block: Block, checkpoint: Checkpoint) -> None:
-        module, inside = lm.get_submodule(block.name), set()
-        for name, layer in model.block_linears(lm, block):
-            dtype = checkpoint.layer_dtype(name)
-            if isinstance(layer, Quantized):
-                layer.scales = layer.scales.float()
-                self._quantized.append(layer)
-            else:
-                assert isinstance(layer, nn.Linear)
-                self._stored.append((layer.weight, dtype))
-                if (mask := mask_of(layer)) is not None:
-                    self._masked.append((layer.weight, mask))
-            if isinstance(layer.bias, Tensor):
-                self._stored.append((layer.bias, dtype))
-            inside |= {id(parameter) for parameter in layer.parameters()}
-        for name, parameter in module.named_parameters(prefix=block.name):
-            if id(parameter) not in inside:
-                self._stored.append((parameter, checkpoint.floating(name)))
+    def add_block(self, block: Block) -> None:
+        layers = tuple(f"{name}." for name in block.linears)
+        for name, layer in model.block_linears(self._lm, block):
+            self._add_layer(name, layer, self._checkpoint.layer_dtype(name))
+        module = self._lm.get_submodule(block.name)
+        for name, _ in module.named_parameters(prefix=block.name):
+            if not name.startswith(layers):
+                self.add_tensor(name)
 
-    def tensors(self) -> list[Tensor]:
-        return [tensor for tensor, _ in self._stored] + [q.scales for q in self._quantized]
+    def add_tensor(self, name: str) -> None:
+        """A norm, or whatever belongs to no layer."""
+        self._add(self._lm.get_parameter(name), self._checkpoint.floating(name))
+
+    def _add_layer(self, name: str, layer: nn.Module, dtype: torch.dtype) -> None:
+        if isinstance(layer, Quantized):
+            layer.scales = layer.scales.float()
+            self._quantized.append(layer)
+            self._free.append((layer.scales, _size(layer.scales)))
+        elif self._rank and not name.endswith((".left", ".right")):
+            self._adapt(layer, dtype)
+        else:
+            weight = weight_of(layer)
+            self._add(weight, dtype)
+            if (mask := mask_of(layer)) is not None:
+                self._masked.append((weight, mask))
+        if isinstance(layer.bias, Tensor):
+            self._add(layer.bias, dtype)
+
+    def _add(self, tensor: Tensor, dtype: torch.dtype) -> None:
+        self._free.append((tensor, _size(tensor)))
+        self._stored.append((tensor, dtype))
+
+    def _adapt(self, layer: nn.Module, dtype: torch.dtype) -> None:
+        assert isinstance(layer, nn.Linear)
+        weight = layer.weight
+        adapter = Adapter(weight, mask_of(layer), self._rank, len(self._adapted))
+        parametrize.register_parametrization(layer, "weight", adapter)
+        self._adapted.append((layer, dtype))
+        self._free.append((adapter.a_KC, _size(adapter.a_KC)))
+        self._free.append((adapter.b_RK, _size(weight)))
 
     def optimizer(self, rate: float) -> torch.optim.Adam:
         """Adam; ``rate`` is in units of the root mean square of each tensor."""
-        groups = []
-        for tensor in self.tensors():
-            tensor.requires_grad_(True)
-            size = max(float(tensor.detach().square().mean().sqrt()), LEAST_RMS)
-            groups.append({"params": [tensor], "lr": rate * size})
+        groups = [{"params": [t.requires_grad_(True)], "lr": rate * s} for t, s in self._free]
         return torch.optim.Adam(groups, betas=(0.9, 0.95))
 
     @torch.no_grad()
@@ -76,21 +115,34 @@ class Tuning:
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Round to what is stored, and stop asking for gradients."""
+        """Merge, round to what is stored, and stop asking for gradients."""
+        for layer, dtype in self._adapted:
+            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+            self._stored.append((layer.weight, dtype))
+        self._adapted.clear()
         for tensor, dtype in self._stored:
             tensor.requires_grad_(False)
             tensor.grad = None
             tensor.copy_(tensor.to(dtype))
-        for layer in self._quantized:
-            layer.scales = layer.scales.detach().half()
+        for quantized in self._quantized:
+            quantized.scales = quantized.scales.detach().half()
 
     def state(self) -> list[Tensor]:
-        return [tensor.detach().clone() for tensor in self.tensors()]
+        """A copy of all that is stored; not while adapters are in place."""
+        return [tensor.detach().clone() for tensor in self._all()]
 
     @torch.no_grad()
     def restore(self, state: list[Tensor]) -> None:
-        for tensor, old in zip(self.tensors(), state, strict=True):
+        for tensor, old in zip(self._all(), state, strict=True):
             tensor.copy_(old)
+
+    def _all(self) -> list[Tensor]:
+        assert not self._adapted
+        return [t for t, _ in self._stored] + [layer.scales for layer in self._quantized]
+
+
+def _size(tensor: Tensor) -> float:
+    return max(float(tensor.detach().square().mean().sqrt()), LEAST_RMS)
 
 
 def rate_at(step: int, steps: int) -> float:
