@@ -23,8 +23,8 @@ from optpipe.artifact import Artifact, Stats, owner
 from optpipe.bench.backend import Backend, backend_class, open_backend
 from optpipe.bench.machine import usable_cores
 from optpipe.blockwise import final_logits
-from optpipe.build.ort import exact_twin
 from optpipe.build.tensorrt import check_files
+from optpipe.build.twin import exact_checkpoint, exact_graph
 from optpipe.checkpoint import Checkpoint
 from optpipe.errors import GateError
 from optpipe.export.readback import READERS, read_back
@@ -32,13 +32,16 @@ from optpipe.linear import Layers, mask_of, weight_of
 from optpipe.plan import departure
 from optpipe.prune.mask import ROW, follows
 
-TOLERANCES = {"float32": 2e-4, "float16": 5e-3, "int8": 5e-2}
+TOLERANCES = {"float32": 2e-4, "float16": 5e-3, "int8": 5e-2, "rounded": 0.5}
 """Largest accepted error of the logits at any position, relative to their spread there: the root
 mean square of the differences over the standard deviation of the reference. 'int8', for engines
 that round activations to 8 bits before each product, bounds the mean over the positions instead: a
 trained model has outliers among its activations, so that a typical position is off by 2 %, one in
-fifty by 20 %, while held-out perplexity is the same to 0.1 %. The same engine with float
-activations must agree as float32 does at every position, so that this bound hides no wrong graph.
+fifty by 20 %, while held-out perplexity is the same to 0.1 %. 'rounded', for layers that round
+their inputs, does so, too: an input between two codes goes up on one side and down on the other,
+and random tokens, which mean nothing to a trained model, are moved far by that. In both cases the
+same model with float activations must agree as float32 does at every position, so that these bounds
+hide no wrong graph.
 """
 
 ADVICE = {
@@ -64,7 +67,7 @@ class Parity:
     @property
     def bounded(self) -> float:
         """The error that the tolerance of its kind is about."""
-        return self.mean if self.kind == "int8" else self.worst
+        return self.mean if self.kind in ("int8", "rounded") else self.worst
 
 
 def verify(artifact: Artifact, reference: Artifact, planned: Layers | None) -> Stats:
@@ -82,14 +85,29 @@ def verify(artifact: Artifact, reference: Artifact, planned: Layers | None) -> S
     facts = {key: same[key] for key in ("sparsity", "ranks") if key in same}
     if artifact.format in READERS:
         return {**facts, "read_back": read_back(artifact, reference)}
-    if not artifact.stats.get("int8_activations"):
+    rounds = any(form.inputs for form in model.layers(Checkpoint(reference.path)).values())
+    if not (rounds or artifact.stats.get("int8_activations")):
         return {**facts, "parity": asdict(parity(artifact, reference))}
     beside = artifact.path.parent  # on the same disk
     with tempfile.TemporaryDirectory(dir=beside, prefix=f".twin.{owner()}.") as folder:
-        exact_twin(artifact.path, Path(folder))
-        exact = parity(replace(artifact, path=Path(folder)), reference)
-    rounded = parity(artifact, reference, "int8")
-    return {**facts, "parity": asdict(rounded), "parity_float_activations": asdict(exact)}
+        exact = _twins(artifact, reference, Path(folder), rounds)
+        exactly = parity(*exact)
+    rounded = parity(artifact, reference, "rounded" if rounds else "int8")
+    return {**facts, "parity": asdict(rounded), "parity_float_activations": asdict(exactly)}
+
+
+def _twins(
+    artifact: Artifact, reference: Artifact, folder: Path, rounds: bool
+) -> tuple[Artifact, Artifact]:
+    """Both without any rounding of activations."""
+    graph, checkpoint = folder / "graph", folder / "checkpoint"
+    graph.mkdir()
+    exact_graph(artifact.path, graph)
+    if rounds:
+        checkpoint.mkdir()
+        exact_checkpoint(reference.path, checkpoint)
+        reference = replace(reference, path=checkpoint)
+    return replace(artifact, path=graph), reference
 
 
 def verify_plan(artifact: Artifact, reference: Artifact, planned: Layers | None) -> Stats:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from optpipe.build import generate
 from optpipe.build.lower import Lowering
 from optpipe.checkpoint import Checkpoint, copy_side_files
 from optpipe.errors import InputError
-from optpipe.export.graph import DATA, MODEL, read
+from optpipe.export.graph import read
 from optpipe.export.onnx import graph_bits, rotated_dims
 from optpipe.linear import Layers
 from optpipe.stage import Progress, Stage
@@ -78,20 +77,3 @@ class Ort(Stage):
         """Whether any product of the engine rounds its activations."""
         products = (node for node in read(out).graph.node if node.op_type == "MatMulNBits")
         return self.accuracy_level == 4 and any(products)
-
-
-def exact_twin(engine: Path, out: Path) -> None:
-    """The same engine in ``out`` with float activations: for comparisons.
-
-    Its weights are linked; a symbolic link would do, but onnxruntime refuses one that leaves.
-    """
-    model = read(engine)
-    for node in model.graph.node:
-        for attribute in node.attribute:
-            if attribute.name == "accuracy_level":
-                attribute.i = 1
-    (out / MODEL).write_bytes(model.SerializeToString())
-    try:
-        os.link(engine / DATA, out / DATA)
-    except OSError:  # a file system without links
-        shutil.copyfile(engine / DATA, out / DATA)

@@ -1,0 +1,76 @@
+"""The same model without the rounding of inputs, for comparisons that a wrong graph cannot pass.
+
+A rounded input that lies between two codes goes up in one runtime and down in another, which moves
+all that follows; without the rounding two runtimes must agree at every position.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from onnx import ModelProto, NodeProto, helper
+
+from optpipe.checkpoint import FORMS
+from optpipe.export.graph import DATA, MODEL, SESSION, read
+
+
+def exact_checkpoint(folder: Path, out: Path) -> None:
+    """A compressed model in ``out`` whose layers take their inputs as they are."""
+    for file in folder.iterdir():
+        if file.name != FORMS:
+            (out / file.name).symlink_to(file.resolve())
+    forms = json.loads((folder / FORMS).read_text())
+    exact = {name: {**form, "inputs": None} for name, form in forms.items()}
+    (out / FORMS).write_text(json.dumps(exact))
+
+
+def exact_graph(folder: Path, out: Path) -> None:
+    """A canonical graph or an engine in ``out`` that multiplies floats with its stored weights.
+
+    The weights are linked; a symbolic link would do, but onnxruntime refuses one that leaves.
+    """
+    model = read(folder)
+    _unround(model)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = 1
+    (out / MODEL).write_bytes(model.SerializeToString())
+    if (folder / SESSION).is_file():
+        shutil.copyfile(folder / SESSION, out / SESSION)
+    try:
+        os.link(folder / DATA, out / DATA)
+    except OSError:  # a file system without links
+        shutil.copyfile(folder / DATA, out / DATA)
+
+
+def _unround(model: ModelProto) -> None:
+    """Pass what QuantizeLinear reads to whatever multiplied with what it makes."""
+    source = {n.output[0]: n.input[0] for n in model.graph.node if n.op_type == "QuantizeLinear"}
+    passed: dict[str, str] = {}
+    kept: list[NodeProto] = []
+    for node in model.graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in source:
+            passed[node.output[0]] = source[node.input[0]]
+        elif node.op_type == "MatMulIntegerToFloat":
+            kept += _floats(node, source[node.input[0]])
+        elif node.op_type != "QuantizeLinear":
+            node.input[:] = [passed.get(name, name) for name in node.input]
+            kept.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
+
+
+def _floats(node: NodeProto, x: str) -> list[NodeProto]:
+    """The product of ``x``, unrounded, with the weight of a MatMulIntegerToFloat."""
+    codes, scales, output = node.input[1], node.input[3], node.output[0]
+    bias = node.input[6] if len(node.input) > 6 else ""
+    weight, product = f"{output}/weight", f"{output}/product" if bias else output
+    nodes = [
+        helper.make_node("DequantizeLinear", [codes, scales], [weight], axis=1),
+        helper.make_node("MatMul", [x, weight], [product]),
+    ]
+    return [*nodes, helper.make_node("Add", [product, bias], [output])] if bias else nodes
