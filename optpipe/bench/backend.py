@@ -118,6 +118,7 @@ BACKENDS = {
 }
 """Format of an artifact -> the class that opens it, imported only when it is needed."""
 NOT_DRIVEN = {
+    "trtllm_legacy": "trtllm-build makes engines of it, where they will run; see its build.sh",
     "gguf": "llama.cpp runs it, which optpipe does not drive",
 }
 """Formats that are made and checked but never benchmarked, and why."""

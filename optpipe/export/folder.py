@@ -35,16 +35,19 @@ def check_dtype(dtype: str) -> None:
         raise ValueError(f"dtype must be one of {[*DTYPES]}, got '{dtype}'")
 
 
-def check_layers(layers: Layers, runtime: str, scheme: Callable[[Form], object]) -> None:
+def check_layers(
+    layers: Layers, runtime: str, scheme: Callable[[Form], object], sparse: bool = False
+) -> None:
     """Raise ValueError for layers that ``runtime`` cannot load.
 
-    ``scheme`` says how the runtime stores a quantized form, and raises ValueError if it cannot.
+    ``scheme`` says how the runtime stores a quantized form, and raises ValueError if it cannot;
+    ``sparse``, whether it has kernels for N:M patterns.
     """
     for name, form in layers.items():
         if name.endswith((".left", ".right")):
             layer = name.rpartition(".")[0]
             raise ValueError(f"{runtime} has no layers of low rank; '{layer}' is two factors")
-        if form.pattern not in (None, "row"):
+        if form.pattern not in (None, "row") and not sparse:
             raise ValueError(
                 f"layer '{name}' is {form.pattern} sparse, for which {runtime} has no kernels any "
                 "more: it would be stored and multiplied as dense; drop the prune stage, or end "

@@ -215,7 +215,7 @@ def read(folder: Path, layers: Layers) -> Iterator[tuple[str, Tensor]]:
         scale = stored.get(f"{layer}.weight_scale")
         if part == "weight" and scale is not None:
             before = stored.get(f"{layer}.pre_quant_scale")
-            weight = scaled(_signed(tensor) if tensor.dtype == torch.uint8 else tensor, scale)
+            weight = scaled(signed(tensor) if tensor.dtype == torch.uint8 else tensor, scale)
             yield name, weight if before is None else weight * before.float()
         elif part == "input_scale":
             yield name, tensor.reshape(1)
@@ -223,7 +223,7 @@ def read(folder: Path, layers: Layers) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor
 
 
-def _signed(packed: Tensor) -> Tensor:
+def signed(packed: Tensor) -> Tensor:
     """Bytes (R / 2, C) to integers from -8 to 7, (R, C)."""
     both = torch.stack([packed & 15, packed >> 4], dim=1).to(torch.int16)
     both = both - 16 * (both > 7).to(torch.int16)
