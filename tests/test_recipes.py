@@ -10,7 +10,7 @@ from optpipe.source import Source
 
 RECIPES = sorted(path.stem for path in data_dir("recipes").glob("*.yaml"))
 NEEDED = ["baseline", "default", "int4_ort", "int8_ort", "lowrank_ort", "sparse24_ort",
-          "fp16_trt", "int4_trt", "int8_trt", "lowrank_trt", "sparse24_trt"]  # fmt: skip
+          "fp16_trt", "fp8_trt", "int4_trt", "int8_trt", "lowrank_trt", "sparse24_trt"]  # fmt: skip
 
 
 @pytest.fixture(autouse=True, scope="module")

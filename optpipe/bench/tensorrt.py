@@ -250,12 +250,13 @@ class TensorRT(Backend):
         return Decode(context, replay, logits_B1V)
 
     def _bind(self, context: Any, rows: int, inputs: dict[str, Tensor], logits: Tensor) -> None:
-        for name in self._caches:
-            context.set_input_shape(name, self._full(name, rows))
-        for name, value in inputs.items():
-            context.set_input_shape(name, tuple(value.shape))
+        shapes = {name: self._full(name, rows) for name in self._caches}
+        shapes |= {name: tuple(value.shape) for name, value in inputs.items()}
+        for name, shape in shapes.items():
+            if not context.set_input_shape(name, shape):
+                raise RuntimeError(f"TensorRT refuses {name} {shape}: {self._logger.said()}")
+        for name, value in {**inputs, "logits": logits}.items():
             context.set_tensor_address(name, value.data_ptr())
-        context.set_tensor_address("logits", logits.data_ptr())
         if unset := context.infer_shapes():
             raise RuntimeError(f"inputs without a shape: {', '.join(unset)}")
 

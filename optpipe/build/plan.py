@@ -158,27 +158,25 @@ def _configure(trt: Any, config: Any, request: Request, sparse: bool) -> None:
 
 def _save_timings(config: Any, file: Path | None) -> None:
     if file is not None:
-        cache = config.get_timing_cache()
-        file.write_bytes(cache.serialize())
+        timings = config.get_timing_cache()
+        file.write_bytes(timings.serialize())
 
 
 def table(network: Any, graph: GraphProto) -> list[dict[str, Any]]:
     """Inputs and outputs as TensorRT has them, sizes that vary by the symbols of the graph."""
     symbols = {value.name: _dims(value) for value in (*graph.input, *graph.output)}
-    found = []
-    for mode, count, get in (
-        ("input", network.num_inputs, network.get_input),
-        ("output", network.num_outputs, network.get_output),
-    ):
-        for index in range(count):
-            value = get(index)
-            shape = [
-                named if size == -1 else size
-                for size, named in zip(value.shape, symbols[value.name], strict=True)
-            ]
-            dtype = value.dtype.name.lower()
-            found.append({"name": value.name, "mode": mode, "dtype": dtype, "shape": shape})
-    return found
+    values = [("input", network.get_input(i)) for i in range(network.num_inputs)]
+    values += [("output", network.get_output(i)) for i in range(network.num_outputs)]
+    return [_entry(mode, tensor, symbols[tensor.name]) for mode, tensor in values]
+
+
+def _entry(mode: str, network_tensor: Any, symbols: list[str | int]) -> dict[str, Any]:
+    shape = [
+        symbol if size == -1 else size
+        for size, symbol in zip(network_tensor.shape, symbols, strict=True)
+    ]
+    dtype = network_tensor.dtype.name.lower()
+    return {"name": network_tensor.name, "mode": mode, "dtype": dtype, "shape": shape}
 
 
 def _dims(value: Any) -> list[str | int]:

@@ -18,6 +18,7 @@ from optpipe.bench.backend import backend_class
 from optpipe.build import nvidia, plan, tensorrt
 from optpipe.build.nvidia import Package
 from optpipe.build.tensorrt import TensorRT, about, check_files
+from optpipe.calibrate import Calib
 from optpipe.checkpoint import Checkpoint
 from optpipe.config import build, data_dir
 from optpipe.errors import GateError, InputError
@@ -25,6 +26,8 @@ from optpipe.export.onnx import Onnx
 from optpipe.linear import Form
 from optpipe.lowrank.svd import Svd
 from optpipe.prune.magnitude import Magnitude
+from optpipe.quant.fp8 import Fp8
+from optpipe.quant.int8 import Int8
 from optpipe.quant.rtn import Rtn
 from optpipe.verify import verify
 
@@ -175,12 +178,17 @@ def test_a_prompt_beyond_the_cache_is_refused(graph, tiny, run):
 
 
 FAMILIES = ("llama", "qwen3", "phi3", "gemma2", "gpt2")
+CALIB = Calib(source="random", samples=4, tokens=32)
 FORMATS = {
     "int4 g32": Rtn(bits=4, group_size=32),
     "int4 channel": Rtn(bits=4, group_size=-1),
     "int3 g32": Rtn(bits=3, group_size=32),
     "int8 channel": Rtn(bits=8, group_size=-1),
     "int8 g32": Rtn(bits=8, group_size=32),
+    "int8 W8A8": Int8(calib=CALIB),
+    "fp8 W8A8": Fp8(calib=CALIB),
+    "fp8 W8A8, one scale a channel": Fp8(weights="channel", calib=CALIB),
+    "fp8 channel": Rtn(number="fp8", bits=8, group_size=-1),
     "2:4": Magnitude(pattern="2:4"),
     "low rank": Svd(keep=0.8, rank_multiple=4),
 }
@@ -209,7 +217,8 @@ def test_plans_are_built_of_every_family_with_layers_of_every_format(name, graph
     made = run(TensorRT(), graph(source))
     assert_whole(made, rtx)
     kinds = {kind for kind, _ in weights(made.path)}
-    assert {onnx.TensorProto.INT4, onnx.TensorProto.INT8, onnx.TensorProto.FLOAT16} <= kinds
+    types = onnx.TensorProto
+    assert {types.INT4, types.INT8, types.FLOAT8E4M3FN, types.FLOAT16} <= kinds
 
 
 def weights(folder):
