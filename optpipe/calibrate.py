@@ -180,6 +180,22 @@ class Gram:
         self._abs_C /= factor_C
 
 
+class Cross(Gram):
+    """A Gram matrix, and that of the same inputs in the model before this stage, X0^T X / N."""
+
+    def __init__(self, inputs: int) -> None:
+        super().__init__(inputs)
+        self._cross_CC = torch.zeros(inputs, inputs, dtype=torch.float64)
+
+    def pair(self, x_NC: Tensor, before_NC: Tensor) -> None:
+        self.add(x_NC)
+        self._cross_CC = self._cross_CC.to(x_NC.device) + (before_NC.T @ x_NC).double()
+
+    @property
+    def cross_CC(self) -> Tensor:
+        return self._cross_CC / self.count
+
+
 class Statistic(Protocol):
     """What is kept of the inputs of a layer."""
 

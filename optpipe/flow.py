@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from optpipe import model
-from optpipe.calibrate import Observation, Statistic
+from optpipe.calibrate import Cross, Observation, Statistic
 from optpipe.checkpoint import Checkpoint
 from optpipe.device import fastest
 from optpipe.family import Block, Decoder
@@ -26,12 +26,15 @@ class Flow:
     hidden: list[Tensor]
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
     """What the model hands each block besides the hidden state: masks and rotations."""
+    before: list[Tensor] = field(default_factory=list)
+    """Hidden states of the model as it was, for statistics that compare; else empty."""
 
     def to(self, device: torch.device) -> Flow:
         def moved(value: Any) -> Any:
             return value.to(device) if isinstance(value, Tensor) else value
 
-        return Flow(tree_map(moved, self.hidden), tree_map(moved, self.calls))
+        parts = self.hidden, self.calls, self.before
+        return Flow(*(tree_map(moved, part) for part in parts))
 
 
 def start(lm: PreTrainedModel, blocks: tuple[Block, ...], ids_ST: Tensor) -> Flow:
@@ -78,6 +81,8 @@ def observe(
     lm: PreTrainedModel, block: Block, index: int, flow: Flow, observation: Observation
 ) -> dict[str, Statistic]:
     """Run the block on every sample and collect what its wanted layers are fed."""
+    if observation.statistic is Cross:
+        return _compare(lm, block, index, flow, observation)
     seen: dict[str, Statistic] = {}
     hooks = []
     for name, layer in model.block_linears(lm, block):
@@ -123,6 +128,34 @@ def observed(
     if decoder.head in observation.wanted:
         statistic = observe_head(lm, decoder, flow, observation)
         yield decoder.head, lm.get_submodule(decoder.head).to(device), statistic
+
+
+def _compare(
+    lm: PreTrainedModel, block: Block, index: int, flow: Flow, observation: Observation
+) -> dict[str, Statistic]:
+    """What layers are fed beside what they are fed in the model as it was, sample by sample."""
+    layers = {n: m for n, m in model.block_linears(lm, block) if n in observation.wanted}
+    seen = {name: Cross(inputs(layer)) for name, layer in layers.items()}
+    caught: dict[str, Tensor] = {}
+
+    def catch(name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
+        def hook(_: nn.Module, args: tuple[Tensor]) -> None:
+            caught[name] = args[0].reshape(-1, args[0].shape[-1])
+
+        return hook
+
+    hooks = [layer.register_forward_pre_hook(catch(name)) for name, layer in layers.items()]
+    module = lm.get_submodule(block.name)
+    flow.before = flow.before or list(flow.hidden)  # the first block is fed the same in both
+    for sample, hidden in enumerate(flow.before):
+        call(module, flow, index, flow.hidden[sample])
+        now = dict(caught)
+        flow.before[sample] = call(module, flow, index, hidden)
+        for name, statistic in seen.items():
+            statistic.pair(now[name], caught[name])
+    for added in hooks:
+        added.remove()
+    return dict(seen)
 
 
 def _feed(statistic: Statistic) -> Callable[[nn.Module, tuple[Tensor]], None]:

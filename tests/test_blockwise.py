@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from optpipe import model
 from optpipe.artifact import Artifact
 from optpipe.blockwise import rewrite, select
-from optpipe.calibrate import Observation, Squares
+from optpipe.calibrate import Cross, Observation, Squares
 from optpipe.checkpoint import Checkpoint
 from optpipe.linear import Form, dense
 from optpipe.prune.magnitude import Magnitude
@@ -114,3 +114,31 @@ def test_buffers_of_old_files_are_left_behind_and_every_layer_keeps_its_type(run
     }
     assert {kind for name, kind in types.items() if ".mlp." in name} == {"F32"}
     assert {kind for name, kind in types.items() if ".mlp." not in name} == {"F16"}
+
+
+def test_a_comparison_shows_what_both_models_feed_a_layer(family, tiny, tmp_path):
+    """The pairs of a layer in block 2, against hooks on both models run as a whole."""
+    ids = torch.randint(3, 288, (3, 40), generator=torch.Generator().manual_seed(0))
+    checkpoint = Checkpoint(tiny(family))
+    name, seen = checkpoint.decoder.blocks[2].mlp_out, {}
+
+    def halve_first_block(layer_name, layer, statistic):
+        if statistic is not None:
+            seen["cross"], seen["gram"] = statistic.cross_CC, statistic.mean_CC
+        if layer_name in checkpoint.decoder.blocks[0].linears:
+            return dense(layer.weight / 2, layer.bias)
+        return layer
+
+    observation = Observation(ids_ST=ids, wanted=frozenset({name}), statistic=Cross)
+    planned = model.layers(checkpoint)
+    rewrite(source(tiny(family)), tmp_path, planned, halve_first_block, quiet, observation)
+    fed = []
+    for folder in (tiny(family), tmp_path):
+        lm, caught = model.load(Checkpoint(folder)), []
+        lm.get_submodule(name).register_forward_pre_hook(lambda _, a, c=caught: c.append(a[0]))
+        with torch.no_grad():
+            lm(ids)
+        fed.append(caught[0].reshape(-1, caught[0].shape[-1]).double())
+    before, now = fed
+    torch.testing.assert_close(seen["cross"], before.T @ now / len(now), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(seen["gram"], now.T @ now / len(now), rtol=1e-3, atol=1e-5)

@@ -45,6 +45,15 @@ class Factorize(Stage):
         budget = int(self.keep * form.rows * form.cols / (form.rows + form.cols))
         return budget - budget % self.rank_multiple
 
+    def most(self, form: Form) -> int:
+        """The largest rank that is planned for."""
+        return self.rank(form)
+
+    @property
+    def bound(self) -> int | None:
+        """Form.bound of the factors."""
+        return None
+
     def plan(self, layers: Layers) -> Layers:
         chosen = select(layers, self.targets)
         planned: Layers = {}
@@ -53,8 +62,8 @@ class Factorize(Stage):
                 planned[name] = form
                 continue
             rank = self._checked_rank(name, form)
-            planned[f"{name}.right"] = Form(rows=rank, cols=form.cols)
-            planned[f"{name}.left"] = Form(rows=form.rows, cols=rank)
+            planned[f"{name}.right"] = Form(rows=rank, cols=form.cols, bound=self.bound)
+            planned[f"{name}.left"] = Form(rows=form.rows, cols=rank, bound=self.bound)
         return planned
 
     def _checked_rank(self, name: str, form: Form) -> int:
@@ -66,7 +75,7 @@ class Factorize(Stage):
             )
         if name.endswith((".left", ".right")):
             raise ValueError(f"layer '{name}' is a factor already")
-        if (rank := self.rank(form)) < 1:
+        if (rank := self.most(form)) < 1:
             raise ValueError(
                 f"keep={self.keep} leaves layer '{name}' ({form.rows} x {form.cols}) no rank that "
                 f"is a multiple of {self.rank_multiple}; raise keep or lower rank_multiple"
@@ -81,23 +90,41 @@ class Factorize(Stage):
         """What the factors need to know of the inputs of the layers."""
         return None
 
+    def ranks(
+        self, checkpoint: Checkpoint, layers: Layers, chosen: frozenset[str], progress: Progress
+    ) -> dict[str, int]:
+        """The rank of every chosen layer that is factorized; one that is left out stays whole."""
+        return {name: self.rank(form) for name, form in layers.items() if name in chosen}
+
     def run(self, source: Artifact, out: Path, progress: Progress) -> Stats:
         checkpoint = Checkpoint(source.path)
         layers = model.layers(checkpoint)
+        self.plan(layers)
         chosen = select(layers, self.targets)
+        ranks = self.ranks(checkpoint, layers, chosen, progress)
 
         def change(name: str, layer: nn.Module, statistic: Any) -> nn.Module:
-            if name not in chosen:
+            if name not in ranks:
                 return layer
             assert isinstance(layer, nn.Linear)
-            rank = self.rank(layers[name])
-            left, right = self.factors(layer.weight.double(), rank, statistic)
+            left, right = self.factors(layer.weight.double(), ranks[name], statistic)
             return LowRank(dense(right.float(), None), dense(left.float(), layer.bias))
 
-        observation = self.observation(checkpoint, chosen)
-        rewrite(source, out, self.plan(layers), change, progress, observation)
+        observation = self.observation(checkpoint, frozenset(ranks))
+        rewrite(source, out, _settled(layers, ranks), change, progress, observation)
         facts = observation.facts if observation else {}
-        return {"ranks": {n: self.rank(layers[n]) for n in layers if n in chosen}, **facts}
+        return {"ranks": ranks, **facts}
+
+
+def _settled(layers: Layers, ranks: dict[str, int]) -> Layers:
+    made: Layers = {}
+    for name, form in layers.items():
+        if name in ranks:
+            made[f"{name}.right"] = Form(rows=ranks[name], cols=form.cols)
+            made[f"{name}.left"] = Form(rows=form.rows, cols=ranks[name])
+        else:
+            made[name] = form
+    return made
 
 
 def truncated(weight_RC: Tensor, rank: int) -> tuple[Tensor, Tensor]:

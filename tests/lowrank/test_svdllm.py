@@ -6,8 +6,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from optpipe import model
+from optpipe.allocate import allocate
+from optpipe.artifact import Artifact
+from optpipe.calibrate import Cross
+from optpipe.checkpoint import Checkpoint
+from optpipe.linear import PER_CHANNEL, Form
 from optpipe.lowrank.factorize import truncated
-from optpipe.lowrank.svdllm import whitened
+from optpipe.lowrank.svdllm import SvdLlm, discarded, whitened
+from optpipe.plan import departure
+from optpipe.quant.rtn import Rtn
+from optpipe.verify import verify
 
 
 def loss(weight, other, gram):
@@ -83,3 +92,99 @@ def test_far_better_than_plain_svd_where_inputs_are_not_white(kind):
         ours, plain = (loss(weight, left @ right, gram) for left, right in pairs)
         ratios.append(ours / plain)
     assert sum(ratios) / len(ratios) < 0.5
+
+
+def compared(seed=0, rows=24, cols=40, tokens=400):
+    """A layer whose inputs have moved since: x0 before, x now, and the statistic of both."""
+    generator = torch.Generator().manual_seed(seed)
+    weight, _ = layer("correlated", seed)
+    x0 = torch.randn(tokens, cols, generator=generator, dtype=torch.float64)
+    x = 0.8 * x0 + 0.3 * torch.randn(tokens, cols, generator=generator, dtype=torch.float64)
+    statistic = Cross(cols)
+    for now, before in zip(x.split(100), x0.split(100), strict=True):
+        statistic.pair(now, before)
+    return weight, x0, x, statistic
+
+
+def test_the_refitted_factor_is_the_least_squares_solution():
+    weight, x0, x, statistic = compared()
+    left, right = SvdLlm().factors(weight, 8, statistic)
+    expected = torch.linalg.lstsq(x @ right.T, x0 @ weight.T).solution.T
+    torch.testing.assert_close(left, expected)
+    plain = SvdLlm(refit=False).factors(weight, 8, statistic)[0]
+    ours, other = ((x @ right.T @ f.T - x0 @ weight.T).square().sum() for f in (left, plain))
+    assert ours < other
+
+
+def test_where_nothing_was_compressed_before_a_refit_changes_nothing():
+    weight, x0, _, _ = compared()
+    statistic = Cross(40)
+    statistic.pair(x0, x0)
+    left = SvdLlm().factors(weight, 8, statistic)[0]
+    torch.testing.assert_close(left, whitened(weight, statistic.mean_CC, 8)[0])
+
+
+def test_directions_without_inputs_do_not_break_a_refit():
+    weight, x0, _, _ = compared()
+    statistic = Cross(40)
+    statistic.pair(x0 * (torch.arange(40) < 5), x0)
+    assert torch.isfinite(SvdLlm().factors(weight, 8, statistic)[0]).all()
+
+
+@settings(deadline=None, max_examples=15)
+@given(kind=st.sampled_from(KINDS), seed=st.integers(0, 50))
+def test_what_every_rank_loses_is_known_from_one_decomposition(kind, seed):
+    weight, gram = layer(kind, seed)
+    lost = discarded(weight, gram)
+    whole = loss(weight, torch.zeros_like(weight), gram)
+    assert len(lost) == 25 and lost[-1] == 0
+    assert float(lost[0]) == pytest.approx(whole, rel=1e-9)
+    for rank in (1, 8, 20):
+        left, right = whitened(weight, gram, rank)
+        assert abs(loss(weight, left @ right, gram) - float(lost[rank])) < 1e-8 * whole
+
+
+@pytest.fixture
+def allocated(run, tiny):
+    fields = {"rank_multiple": 4, "keep": 0.7, "calib": run.calib}
+    stages = [SvdLlm(allocation=how, **fields) for how in ("allocator", "uniform")]
+    return stages, [run(stage, tiny()) for stage in stages]
+
+
+def test_the_allocator_settles_ranks_within_the_plan_and_the_budget(allocated, run, tiny):
+    (stage, _), (made, uniform) = allocated
+    source = Checkpoint(tiny())
+    layers, forms = model.layers(source), Checkpoint(made.path).forms
+    planned = stage.plan(layers)
+    assert departure(forms, planned) is None and forms != planned
+    verify(made, Artifact(path=tiny(), format="hf", key="k"), planned)
+    blocks = [name for name in layers if name != "lm_head"]
+    budget = 0.7 * sum(layers[n].rows * layers[n].cols for n in blocks)
+    taken = sum(f.rows * f.cols for n, f in forms.items() if n != "lm_head")
+    assert budget - 1000 < taken <= budget  # less than one step of any layer is left
+    assert len(set(made.stats["ranks"].values())) > len(set(uniform.stats["ranks"].values()))
+    # what comes next plans on bounds, and works on what was settled
+    quant = Rtn(group_size=PER_CHANNEL)
+    after = run(quant, made)
+    assert departure(Checkpoint(after.path).forms, quant.plan(planned)) is None
+
+
+def test_a_quantization_needs_groups_that_divide_every_rank_there_may_be(allocated, tiny):
+    (stage, _), _ = allocated
+    planned = stage.plan(model.layers(Checkpoint(tiny())))
+    with pytest.raises(ValueError, match=r"group_size=32 does not divide the 4 inputs of .*left"):
+        Rtn(group_size=32).plan(planned)
+
+
+def test_ranks_go_where_the_loss_feels_them_and_a_costly_layer_stays_whole():
+    """Two layers of the same size, one with a spectrum that no rank can leave out anything of."""
+    stage, form = SvdLlm(allocation="allocator", rank_multiple=4), Form(rows=24, cols=40)
+    flat, steep = torch.linspace(1, 0, 25) * 100, torch.linspace(1, 0, 25) ** 12
+    curves = {"flat": stage.options(form, flat), "steep": stage.options(form, steep)}
+    assert [option.cost for option in curves["flat"]] == [256, 512, 768, 960]
+    assert allocate(curves, 0.7 * 2 * 960) == {"flat": 3, "steep": 0}
+
+
+def test_an_unknown_allocation_is_refused():
+    with pytest.raises(ValueError, match=r"allocation must be one of .* got 'best'"):
+        SvdLlm(allocation="best")
