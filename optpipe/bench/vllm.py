@@ -6,6 +6,7 @@ Written against vLLM 0.25.1. The engine is stepped by hand, so that every token 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -54,21 +55,33 @@ class Vllm(Paged):
     def missing(cls, artifact: Artifact) -> str | None:
         return unusable("vllm")
 
+    def submit(self, ids: Sequence[int], new_tokens: int) -> str:
+        """Start a request beside those that run; see serving/serve.py."""
+        return self._add([*ids], max_tokens=new_tokens, output_kind=self._delta)
+
+    def step(self) -> dict[str, list[int]]:
+        """Step the engine until some requests have tokens; those, by name."""
+        found: dict[str, list[int]] = {}
+        while not found:
+            for output in self._engine.step():
+                if output.request_id in self._streams and output.outputs[0].token_ids:
+                    found[output.request_id] = [*output.outputs[0].token_ids]
+        return found
+
     def _begin(self, rows: list[list[int]]) -> list[int]:
-        self._drop()
+        self.drop()
         for row in rows:
             self._add(row, max_tokens=self.capacity - len(row), output_kind=self._delta)
         return self._next()
 
     def _next(self) -> list[int]:
         while not all(self._streams.values()):
-            for output in self._engine.step():
-                if output.request_id in self._streams:
-                    self._streams[output.request_id].extend(output.outputs[0].token_ids)
+            for name, tokens in self.step().items():
+                self._streams[name].extend(tokens)
         return [stream.pop(0) for stream in self._streams.values()]
 
     def _log_probs(self, row: list[int]) -> Logits:
-        self._drop()
+        self.drop()
         everything = {"prompt_logprobs": -1, "logprobs": -1, "flat_logprobs": True}
         name = self._add(row, max_tokens=1, **everything)
         found: Any = None
@@ -84,7 +97,7 @@ class Vllm(Paged):
         return np.stack([*parts, self._dense(last, 0)])
 
     def close(self) -> None:
-        self._drop()
+        self.drop()
         del self._engine
         torch.cuda.empty_cache()
 
@@ -95,7 +108,8 @@ class Vllm(Paged):
         self._streams[name] = []
         return name
 
-    def _drop(self) -> None:
+    def drop(self) -> None:
+        """Forget all requests."""
         self._engine.abort_request([*self._streams])
         self._streams.clear()
         while self._engine.has_unfinished_requests():

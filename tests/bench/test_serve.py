@@ -9,9 +9,10 @@ from fakes import VOCAB
 
 from optpipe.bench.scenario import Cell, Objective, Scenario, Serving, hash_ids
 from optpipe.bench.serving import load
+from optpipe.bench.serving.feeds import Arrived, Ask, Closed, Open
 from optpipe.bench.serving.load import Load, highest_rate
 from optpipe.bench.serving.request import invalid, metrics
-from optpipe.bench.serving.serve import Arrived, Ask, Closed, Open, Serve, Served, serve
+from optpipe.bench.serving.serve import Serve, Served, serve
 from optpipe.bench.timed import checks, timing
 from optpipe.bench.timed.measure import BenchConfig, Measured, Session, measure
 from optpipe.bench.worker import Worker
@@ -54,8 +55,8 @@ class Due:
         self.clock, self.left = clock, [Arrived(a, a.at_ns + 1_000, a.at_ns + 1_000) for a in asks]
         self.left.reverse()
 
-    def take(self, most):
-        if self.left:
+    def take(self, most, wait=True):
+        if self.left and wait:
             self.clock.now_ns = max(self.clock.now_ns, self.left[-1].submit_ns)
         batch = []
         while self.left and len(batch) < most and self.left[-1].submit_ns <= self.clock.now_ns:
@@ -106,11 +107,62 @@ def test_what_waits_is_served_together_and_each_row_ends_with_its_own_answer():
     assert [(one.start_ns - 1_000) / MS for one in found.requests] == [0, 50, 50, 115]
 
 
+class Engine:
+    """Schedules itself: every step takes 10 ms and gives each request a token."""
+
+    def __init__(self, clock):
+        self.clock, self.left, self.most, self.count = clock, {}, 0, 0
+
+    def submit(self, ids, new_tokens):
+        self.count += 1
+        name = f"request {self.count}"
+        self.left[name] = new_tokens
+        self.most = max(self.most, len(self.left))
+        return name
+
+    def step(self):
+        self.clock.now_ns += 10 * MS
+        found = {name: [7] for name in self.left}
+        self.left = {name: left - 1 for name, left in self.left.items() if left > 1}
+        return found
+
+    def drop(self):
+        self.left.clear()
+
+
+def test_an_engine_that_schedules_gets_requests_as_they_come():
+    """The second joins the first while that still runs, and both leave when they are done."""
+    engine = Engine(Virtual())
+    found = served([ask(0, 3), ask(12, 2)], engine, max_batch=2)
+    first, second = found.requests
+    assert [(at - 1_000) / MS for at, _ in first.chunks] == [10, 20, 30]
+    assert [(at - 1_000) / MS for at, _ in second.chunks] == [30, 40]
+    assert (second.start_ns - second.submit_ns) / MS == 8  # in the middle of a step
+    assert first.error is second.error is None and found.tokens == [7] * 5
+    assert invalid(found.requests, found.events) == []
+
+
+def test_an_engine_never_has_more_than_the_batch():
+    engine = Engine(Virtual())
+    found = served([ask(0, 2)] * 5, engine, max_batch=2)
+    assert engine.most == 2 and [one.tokens for one in found.requests] == [2] * 5
+    ends = [(one.end_ns - 1_000) / MS for one in found.requests]
+    assert ends == [20, 20, 40, 40, 60]
+
+
+def test_an_engine_drops_what_it_has_not_answered_in_time():
+    engine = Engine(Virtual())
+    found = served([ask(0, 2), ask(0, 9), ask(0, 9)], engine, max_batch=2, until_ns=50 * MS)
+    assert [one.error is None for one in found.requests] == [True, False, False]
+    assert not engine.left and invalid(found.requests, found.events) == []
+    assert metrics(found.requests, LOOSE)["failed"] == 2
+
+
 def test_what_is_not_answered_in_time_has_failed():
     backend = Timed(Virtual(), 50, 5)
 
     class Ends(Due):
-        def take(self, most):
+        def take(self, most, wait=True):
             return [] if self.clock() > 90 * MS else super().take(most)
 
     asks = [ask(0), ask(0, 10), ask(0)]

@@ -10,6 +10,7 @@ import torch
 from optpipe.artifact import Artifact
 from optpipe.bench import paged
 from optpipe.bench.backend import backend_class
+from optpipe.bench.serving.serve import Scheduler
 from optpipe.bench.vllm import Vllm
 
 VOCAB = 288
@@ -159,3 +160,15 @@ def test_without_the_package_or_a_gpu_it_says_so(tiny, monkeypatch):
     assert Vllm.missing(artifact) == "vllm needs an NVIDIA GPU, and there is none"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert Vllm.missing(artifact) is None
+
+
+def test_a_server_feeds_it_requests_as_they_come(opened):
+    backend, _ = opened
+    assert isinstance(backend, Scheduler)
+    first = backend.submit([3, 4, 5], 3)
+    assert backend.step() == {first: [9]}
+    second = backend.submit(np.arange(20), 2)  # a prompt of two steps
+    assert backend.step() == {first: [14]}
+    assert backend.step() == {first: [23], second: [37]}
+    backend.drop()
+    assert not backend._engine.live and not backend._streams

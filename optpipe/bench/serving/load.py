@@ -12,7 +12,8 @@ from optpipe.bench.evidence.statistics import median
 from optpipe.bench.policy import BenchConfig
 from optpipe.bench.scenario import Cell, Serving, Texts, prompt_seed, prompts
 from optpipe.bench.serving import arrivals, request
-from optpipe.bench.serving.serve import Ask, Serve, Served
+from optpipe.bench.serving.feeds import Ask
+from optpipe.bench.serving.serve import Serve, Served
 from optpipe.bench.timed.samples import Measured, Sample
 
 SEARCH_STEPS = 6

@@ -1,127 +1,31 @@
-"""A server around a backend: a queue, one static batch at a time, requests that come unasked.
+"""A server around a backend: a queue, a batch, requests that come unasked.
 
 The scheduler is the simplest honest one: it takes what waits, at most ``max_batch`` requests in
-order of arrival, runs them to the end of the longest answer, and looks again. Requests of an open
-loop come at absolute deadlines whatever the server does, so that its delays are not left out
-(coordinated omission).
+order of arrival, runs them to the end of the longest answer, and looks again. An engine that
+schedules requests itself gets each as it comes, as long as there are fewer than ``max_batch``.
+Requests of an open loop come at absolute deadlines whatever the server does, so that its delays are
+not left out (coordinated omission).
 """
 
 from __future__ import annotations
 
-import ctypes
-import sys
-import threading
 import time
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from optpipe.bench.backend import Backend, Ids
+from optpipe.bench.backend import Backend
 from optpipe.bench.scenario import Objective, hash_ids
 from optpipe.bench.serving import request
+from optpipe.bench.serving.feeds import Arrived, Ask, Closed, Feed, Open
 from optpipe.bench.serving.request import Request, Values
 from optpipe.bench.timed.clock import Clock, Trace
 
 LEAD_NS = 5_000_000
 """From the command to time 0 of the arrivals."""
-PR_SET_TIMERSLACK = 29
 UNANSWERED = "not answered when the time was over"
-
-
-class Ask(NamedTuple):
-    """A request before it is sent: nanoseconds after the begin, prompt, length of the answer."""
-
-    at_ns: int
-    ids_S: Ids
-    new_tokens: int
-
-
-class Arrived(NamedTuple):
-    """A request in the queue."""
-
-    ask: Ask
-    sched_ns: int
-    submit_ns: int
-
-
-class Feed(Protocol):
-    """Where the server finds its requests."""
-
-    def take(self, most: int) -> Sequence[Arrived]:
-        """What waits, oldest first; blocks until there is something, empty: the end."""
-
-    def finished(self, count: int) -> None:
-        """So many requests are answered."""
-
-    def close(self) -> Sequence[Arrived]:
-        """Those that were sent but never taken."""
-
-
-class Open:
-    """Sends each request at its own deadline, from a thread that sleeps in between."""
-
-    def __init__(self, asks: Sequence[Ask], start_ns: int, until_ns: int) -> None:
-        """No request is taken after ``until_ns``."""
-        self._asks, self._start_ns, self._until_ns = asks, start_ns, until_ns
-        self._waiting: deque[Arrived] = deque()
-        self._left = len(asks)
-        self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._submit, daemon=True)
-        self._thread.start()
-
-    def take(self, most: int) -> Sequence[Arrived]:
-        with self._changed:
-            self._changed.wait_for(lambda: self._waiting or not self._left)
-            if time.perf_counter_ns() > self._until_ns:
-                return ()
-            return [self._waiting.popleft() for _ in range(min(most, len(self._waiting)))]
-
-    def finished(self, count: int) -> None:
-        pass  # an open loop does not care
-
-    def close(self) -> Sequence[Arrived]:
-        self._thread.join()
-        return [*self._waiting]
-
-    def _submit(self) -> None:
-        if sys.platform == "linux":  # else every sleep ends 50 us late
-            ctypes.CDLL(None).prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0)
-        for ask in self._asks:
-            due_ns = self._start_ns + ask.at_ns
-            while (left_ns := due_ns - time.perf_counter_ns()) > 0:
-                time.sleep(left_ns / 1e9)
-            self._send(ask, due_ns)
-
-    def _send(self, ask: Ask, due_ns: int) -> None:
-        with self._changed:
-            self._waiting.append(Arrived(ask, due_ns, time.perf_counter_ns()))
-            self._left -= 1
-            self._changed.notify()
-
-
-class Closed:
-    """So many clients, each of which sends its next request when it has its answer."""
-
-    def __init__(self, asks: Sequence[Ask], clients: int, until_ns: int, clock: Clock) -> None:
-        self._asks, self._until_ns, self._clock = deque(asks), until_ns, clock
-        self._waiting: deque[Arrived] = deque()
-        self.finished(clients)
-
-    def take(self, most: int) -> Sequence[Arrived]:
-        if self._clock() > self._until_ns:
-            return ()
-        return [self._waiting.popleft() for _ in range(min(most, len(self._waiting)))]
-
-    def finished(self, count: int) -> None:
-        now = self._clock()
-        for _ in range(min(count, len(self._asks))):
-            self._waiting.append(Arrived(self._asks.popleft(), now, now))
-
-    def close(self) -> Sequence[Arrived]:
-        return [*self._waiting]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,17 +39,81 @@ class Outcome:
     """Of all answers, one after the other."""
 
 
-def serve(backend: Backend, feed: Feed, max_batch: int, until_ns: int, clock: Clock) -> Outcome:
+@runtime_checkable
+class Scheduler(Protocol):
+    """A backend that batches requests as they come and go."""
+
+    def submit(self, ids: Sequence[int], new_tokens: int) -> str:
+        """Start a request; its name."""
+
+    def step(self) -> Mapping[str, Sequence[int]]:
+        """Work until some requests have tokens; those, by name."""
+
+    def drop(self) -> None:
+        """Forget all requests."""
+
+
+def serve(
+    backend: Backend | Scheduler, feed: Feed, max_batch: int, until_ns: int, clock: Clock
+) -> Outcome:
     """Serve until no more comes; the queue is empty then, or the time over."""
     found = Outcome()
-    while batch := feed.take(max_batch):
-        _batch(backend, batch, until_ns, clock, found)
-        feed.finished(len(batch))
+    if isinstance(backend, Scheduler):
+        _continuous(backend, feed, max_batch, until_ns, clock, found)
+    else:
+        while batch := feed.take(max_batch):
+            _batch(backend, batch, until_ns, clock, found)
+            feed.finished(len(batch))
     left, now = feed.close(), clock()
     for arrived in left:
         found.requests.append(_request(arrived, None, (), max(now, arrived.submit_ns)))
         found.events.extend([(arrived.submit_ns, 1), (max(now, arrived.submit_ns), -1)])
     return found
+
+
+def _continuous(
+    engine: Scheduler, feed: Feed, max_batch: int, until_ns: int, clock: Clock, found: Outcome
+) -> None:
+    """Feed the engine as requests come; whatever it has not answered in time has failed."""
+    live: dict[str, Live] = {}
+    while clock() <= until_ns:
+        room = max_batch - len(live)
+        batch = feed.take(room, wait=not live) if room else ()
+        if not batch and not live:
+            break
+        for arrived in batch:
+            found.events.append((arrived.submit_ns, 1))
+            name = engine.submit(arrived.ask.ids_S.tolist(), arrived.ask.new_tokens)
+            live[name] = Live(arrived, clock())
+        for name, tokens in engine.step().items():
+            if live[name].grow(tokens, clock()):
+                live.pop(name).leave(found)
+                feed.finished(1)
+    for rest in live.values():
+        rest.leave(found)
+    engine.drop()
+
+
+@dataclass
+class Live:
+    """A request that an engine works on."""
+
+    arrived: Arrived
+    start_ns: int
+    chunks: list[tuple[int, int]] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+
+    def grow(self, tokens: Sequence[int], now_ns: int) -> bool:
+        """Whether its answer is whole with these tokens."""
+        self.tokens.extend(tokens)
+        self.chunks.append((now_ns, len(tokens)))
+        return len(self.tokens) >= self.arrived.ask.new_tokens
+
+    def leave(self, found: Outcome) -> None:
+        end_ns = self.chunks[-1][0] if self.chunks else self.start_ns
+        found.requests.append(_request(self.arrived, self.start_ns, self.chunks, end_ns))
+        found.events.append((end_ns, -1))
+        found.tokens.extend(self.tokens)
 
 
 def _batch(
@@ -184,7 +152,7 @@ def _request(
         end_ns=end_ns,
         prompt_tokens=len(ask.ids_S),
         new_tokens=ask.new_tokens,
-        error=None if len(chunks) == ask.new_tokens else UNANSWERED,
+        error=None if sum(n for _, n in chunks) == ask.new_tokens else UNANSWERED,
     )
 
 
