@@ -1,0 +1,103 @@
+"""nvidia-modelopt's presets: what we store is what its own quantizers compute."""
+
+import pytest
+import torch
+
+from optpipe import model
+from optpipe.calibrate import Calib
+from optpipe.checkpoint import Checkpoint
+from optpipe.errors import InputError
+from optpipe.linear import mask_of, round_inputs
+from optpipe.prune.magnitude import Magnitude
+from optpipe.quant.modelopt import Modelopt, imported
+from optpipe.quant.rtn import Rtn
+
+CALIB = Calib(source="random", samples=4, tokens=32)
+IDS = torch.randint(3, 288, (2, 30), generator=torch.Generator().manual_seed(0))
+
+
+def theirs(stage, folder):
+    """The model as modelopt leaves it."""
+    checkpoint = Checkpoint(folder)
+    lm = model.load(checkpoint)
+    ids = stage.calib.ids(checkpoint)
+    with imported() as mtq, torch.no_grad():
+        return mtq.quantize(lm, stage.config(mtq), lambda lm: [lm(i[None]) for i in ids])
+
+
+@torch.no_grad()
+def logits(lm):
+    return lm(IDS).logits.double()
+
+
+def relative(ours, theirs):
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+@pytest.mark.parametrize("preset", ["int4_rtn", "fp8"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "gemma2"])
+def test_every_weight_is_theirs(preset, family, run, tiny):
+    stage = Modelopt(preset=preset, group_size=32, calib=CALIB)
+    made, lm = Checkpoint(run(stage, tiny(family)).path), theirs(stage, tiny(family))
+    for name, form in made.forms.items():
+        if form.bits is None:
+            continue
+        layer, other = model.layer(name, made.forms, made), lm.get_submodule(name)
+        with torch.no_grad():
+            expected = other.weight_quantizer(other.weight)
+        # the scale alone is rounded, to float16, with steps of 2 ** -24 below its normal range
+        step = 0.5 * float(layer.scales.float().min()) * 2**-10 + 2**-25
+        bound = expected.abs() * 2**-11 + layer.codes.max() * step
+        assert ((layer.dequantize() - expected).abs() <= bound).all(), name
+        assert torch.equal(layer.dequantize() == 0, expected == 0)
+        if preset == "fp8":
+            reach = float(other.input_quantizer.amax)
+            assert reach <= float(layer.input_scale) * 448 < reach * 1.01
+            x = torch.randn(4, form.cols) * reach / 3
+            ours = round_inputs(x, "fp8_tensor", layer.input_scale)
+            assert relative(ours, other.input_quantizer(x)) < 0.05
+    assert relative(logits(model.load(made)), logits(lm)) < (0.002 if preset == "int4_rtn" else 0.1)
+
+
+@pytest.mark.parametrize("preset", ["int4_awq", "int8_smoothquant"])
+def test_scaled_inputs_are_folded(preset, run, tiny):
+    """A layer that shares its inputs with none has exactly their weight, in units of its inputs."""
+    stage = Modelopt(preset=preset, group_size=32, calib=CALIB)
+    made, lm = Checkpoint(run(stage, tiny("llama")).path), theirs(stage, tiny("llama"))
+    for block in made.decoder.blocks:
+        name = block.mlp_out
+        layer, other = model.layer(name, made.forms, made), lm.get_submodule(name)
+        with torch.no_grad():
+            expected = other.weight_quantizer(other.weight)
+        assert relative(layer.dequantize(), expected) < 2e-3
+        if preset == "int8_smoothquant":
+            reach = float(other.input_quantizer.amax)
+            assert reach * 0.999 <= float(layer.input_scale) * 127 < reach * 1.01
+    exact = logits(model.load(Checkpoint(tiny("llama"))))
+    ours, them = relative(logits(model.load(made)), exact), relative(logits(lm), exact)
+    assert ours < 1.3 * them < 0.6
+
+
+def test_masks_survive(run, tiny):
+    pruned = run(Magnitude(sparsity=0.5, targets=["*up_proj"]), tiny("qwen2"))
+    stage = Modelopt(preset="int8_smoothquant", calib=CALIB)
+    before, after = Checkpoint(pruned.path), Checkpoint(run(stage, pruned).path)
+    name = before.decoder.blocks[1].mlp_in[1]
+    old, new = (model.layer(name, c.forms, c) for c in (before, after))
+    assert torch.equal(mask_of(old), mask_of(new)) and not new.dequantize()[~mask_of(old)].any()
+
+
+def test_what_cannot_be_is_refused(tiny):
+    with pytest.raises(ValueError, match="'nvfp4': modelopt calibrates it on CUDA only"):
+        Modelopt(preset="nvfp4")
+    with pytest.raises(ValueError, match=r"preset must be one of .* got 'int3'"):
+        Modelopt(preset="int3")
+    with pytest.raises(ValueError, match="got -1"):
+        Modelopt(group_size=-1)
+    layers = model.layers(Checkpoint(tiny("llama")))
+    with pytest.raises(ValueError, match=r"group_size=128 does not divide the 64 inputs"):
+        Modelopt(preset="int4_rtn").plan(layers)
+    with pytest.raises(ValueError, match="is quantized already"):
+        Modelopt(group_size=32).plan(Rtn(group_size=32).plan(layers))
+    with pytest.raises(InputError, match=r"h.0.mlp.c_proj come from a nonlinear activation"):
+        Modelopt(preset="int4_awq", calib=CALIB).inputs(Checkpoint(tiny("gpt2")))
