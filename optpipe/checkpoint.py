@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig
 
+from optpipe import kvcache
 from optpipe.errors import InputError, one_line
 from optpipe.family import Decoder, describe
 from optpipe.linear import Form, Layers
@@ -32,8 +33,9 @@ SINGLE = "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 """Floating-point types by their names in safetensors."""
-SIDE_FILES = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",
-              "added_tokens.json", "vocab.json", "merges.txt", "chat_template*")  # fmt: skip
+SIDE_FILES = ("config.json", "generation_config.json", kvcache.FILE, "tokenizer*",
+              "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+              "chat_template*")  # fmt: skip
 
 
 class Checkpoint:
@@ -85,6 +87,11 @@ class Checkpoint:
         if not file.is_file():
             return None
         return {name: Form(**form) for name, form in json.loads(file.read_text()).items()}
+
+    @cached_property
+    def cache(self) -> kvcache.CacheForm | None:
+        """How its KV cache is rounded; None if it is not."""
+        return kvcache.load(self.path)
 
     @property
     def head_is_embedding(self) -> bool:

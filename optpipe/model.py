@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from optpipe import kvcache
 from optpipe.checkpoint import Checkpoint
 from optpipe.errors import InputError
 from optpipe.family import Block, describe
@@ -36,6 +37,8 @@ def skeleton(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> PreT
     if checkpoint.decoder.tied:
         lm.tie_weights()
     _insert_head(lm, checkpoint, dtype)
+    if checkpoint.cache is not None:
+        kvcache.rounded(lm, checkpoint.decoder, checkpoint.cache)
     lm.eval()
     return lm
 

@@ -85,7 +85,8 @@ def verify(artifact: Artifact, reference: Artifact, planned: Layers | None) -> S
     facts = {key: same[key] for key in ("sparsity", "ranks") if key in same}
     if artifact.format in READERS:
         return {**facts, "read_back": read_back(artifact, reference)}
-    rounds = any(form.inputs for form in model.layers(Checkpoint(reference.path)).values())
+    source = Checkpoint(reference.path)
+    rounds = source.cache is not None or any(f.inputs for f in model.layers(source).values())
     if not (rounds or artifact.stats.get("int8_activations")):
         return {**facts, "parity": asdict(parity(artifact, reference))}
     beside = artifact.path.parent  # on the same disk

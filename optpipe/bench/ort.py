@@ -16,7 +16,7 @@ class Ort(Backend):
         self.capacity = self.engine.capacity
         self.vocab = self.engine.vocab
         self.weight_bytes = (artifact.path / DATA).stat().st_size
-        self.dtype = self.engine.cache_type.__name__
+        self.dtype = self.engine.dtype.__name__
         self.device = "cpu"
 
     def prefill(self, ids_BS: Ids, lengths_B: Ids) -> Logits:

@@ -21,6 +21,8 @@ from optpipe.export.graph import Graph, tensor
 if TYPE_CHECKING:
     from optpipe.build.lower import Lowering
 
+QUANTIZED = {"k_quant_type": "PER_TENSOR", "v_quant_type": "PER_TENSOR", "kv_cache_bit_width": 8}
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -35,6 +37,8 @@ class Parts:
     past: list[str]
     outputs: list[str]
     """Its rows (B, S, heads * D), present key, present value."""
+    scales: list[str]
+    """Of the keys and the values in the cache, if they are quantized."""
 
 
 class AttentionRule:
@@ -51,13 +55,18 @@ class AttentionRule:
             return None
         about = json.loads(noted[0])
         caches = [self.maker[about[name]] for name in ("key", "value")]
-        heads = [about["query"], *(cache.input[1] for cache in caches)]
+        grids = [list(cache.input[1:2]) for cache in caches if cache.op_type == "DequantizeLinear"]
+        if grids:  # the codes that enter the cache, and what they are made of
+            caches = [self.maker[cache.input[0]] for cache in caches]
+        new = [self.maker[c.input[1]].input[0] if grids else c.input[1] for c in caches]
+        heads = [about["query"], *new]
         parts = Parts(
             about,
             sources=[self._source(name) for name in heads],
             rotary=self._rotary(heads[0]),
             past=[cache.input[0] for cache in caches],
             outputs=[node.output[0], *(cache.output[0] for cache in caches)],
+            scales=[name for grid in grids for name in grid],
         )
         products = [self.lowering.quantized(name) for name in parts.sources]
         found = [product for product in products if product]
@@ -82,7 +91,7 @@ class AttentionRule:
         joined = self.lowering.weights[self.maker[parts.outputs[0]].input[1]]
         self.new.add(
             "GroupQueryAttention",
-            [*qkv, *parts.past, "seqlens_k", "total_sequence_length", *parts.rotary],
+            [*qkv, *parts.past, "seqlens_k", "total_sequence_length", *self._rest(parts)],
             parts.outputs,
             domain=CONTRIB,
             num_heads=int(tensor(self.lowering.source, joined)[2]) // head_dim,
@@ -91,7 +100,19 @@ class AttentionRule:
             softcap=parts.about["softcap"],
             local_window_size=parts.about["window"] or -1,
             do_rotary=int(bool(parts.rotary)),
+            **(QUANTIZED if parts.scales else {}),
         )
+
+    def _rest(self, parts: Parts) -> list[str]:
+        """Rotary tables, three inputs that are not there, scales of the cache."""
+        if not parts.scales:
+            return parts.rotary
+        rotary = parts.rotary or ["", ""]
+        new = [self.new.constant(f"{name}/float", self._float(name)) for name in parts.scales]
+        return [*rotary, "", "", "", *new]
+
+    def _float(self, name: str) -> np.ndarray:
+        return self.lowering.weight(name).astype(np.float32).reshape(1)
 
     def _rotary(self, q: str) -> list[str]:
         node = self.maker[q]

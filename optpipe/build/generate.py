@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-CACHE_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
 PAST, PRESENT = "past_key_values", "present"
 EXACT_INTEGERS = "session.x64quantprecision"
 """Asks for slower products of 8-bit integers, which never saturate."""
@@ -53,11 +53,12 @@ class Engine:
         self.session = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
         self.names = [value.name for value in self.session.get_inputs()]
         caches = [v for v in self.session.get_inputs() if v.name.startswith(PAST)]
-        self.cache_type = CACHE_TYPES[caches[0].type]
+        self.cache_type = TYPES[caches[0].type]
         self.cache_shapes = {value.name: value.shape[1:] for value in caches}
         self.capacity: int = caches[0].shape[2]
         logits = self.session.get_outputs()[0]
         self.vocab: int = logits.shape[2]
+        self.dtype = TYPES[logits.type]
         # GroupQueryAttention takes several rows only for a first prompt or a single token
         self.fused = self.session.get_modelmeta().custom_metadata_map.get("form") == "fused"
         self.depth = np.zeros(0, np.int64)
@@ -134,7 +135,7 @@ class Engine:
             "logits_at": (rows, wanted),
         }
         inputs = {n: np.zeros(s, np.int64) for n, s in shapes.items() if n in self.names}
-        logits = np.zeros((rows, wanted, self.vocab), self.cache_type)
+        logits = np.zeros((rows, wanted, self.vocab), self.dtype)
         binding = self.session.io_binding()
         for name, array in inputs.items():
             _bind_array(binding.bind_input, name, array)

@@ -105,6 +105,8 @@ class Lowering:
         weight = self.maker.get(node.input[1])
         if weight is None or weight.op_type != "DequantizeLinear":
             return None
+        if weight.input[0] not in self.weights:  # a quantized cache
+            return None
         dtype, x = self.weights[weight.input[0]].data_type, self.maker.get(node.input[0])
         rounded = None
         if x is not None and x.op_type == "DequantizeLinear":

@@ -11,16 +11,21 @@ import os
 import shutil
 from pathlib import Path
 
-from onnx import ModelProto, NodeProto, helper
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
+from optpipe.build.attention import QUANTIZED
 from optpipe.checkpoint import FORMS
 from optpipe.export.graph import DATA, MODEL, SESSION, read
+from optpipe.kvcache import FILE
+
+KV_SCALE = 12
+"""Index of the first scale among the inputs of GroupQueryAttention."""
 
 
 def exact_checkpoint(folder: Path, out: Path) -> None:
-    """A compressed model in ``out`` whose layers take their inputs as they are."""
+    """A compressed model in ``out`` whose layers and cache take what comes as it is."""
     for file in folder.iterdir():
-        if file.name != FORMS:
+        if file.name not in (FORMS, FILE):
             (out / file.name).symlink_to(file.resolve())
     forms = json.loads((folder / FORMS).read_text())
     exact = {name: {**form, "inputs": None} for name, form in forms.items()}
@@ -34,6 +39,8 @@ def exact_graph(folder: Path, out: Path) -> None:
     """
     model = read(folder)
     _unround(model)
+    for value in [*model.graph.input, *model.graph.output]:
+        _float_cache(value, model.graph.output[0].type.tensor_type.elem_type)
     for node in model.graph.node:
         for attribute in node.attribute:
             if attribute.name == "accuracy_level":
@@ -47,21 +54,39 @@ def exact_graph(folder: Path, out: Path) -> None:
         shutil.copyfile(folder / DATA, out / DATA)
 
 
+def _float_cache(value: ValueInfoProto, dtype: int) -> None:
+    if value.type.tensor_type.elem_type == TensorProto.INT8:
+        value.type.tensor_type.elem_type = dtype
+
+
 def _unround(model: ModelProto) -> None:
-    """Pass what QuantizeLinear reads to whatever multiplied with what it makes."""
+    """Pass what QuantizeLinear reads to whatever used what it makes; caches hold floats."""
     source = {n.output[0]: n.input[0] for n in model.graph.node if n.op_type == "QuantizeLinear"}
     passed: dict[str, str] = {}
     kept: list[NodeProto] = []
     for node in model.graph.node:
         if node.op_type == "DequantizeLinear" and node.input[0] in source:
             passed[node.output[0]] = source[node.input[0]]
+        elif node.op_type == "DequantizeLinear" and node.input[0].startswith("present."):
+            passed[node.output[0]] = node.input[0]
         elif node.op_type == "MatMulIntegerToFloat":
             kept += _floats(node, source[node.input[0]])
         elif node.op_type != "QuantizeLinear":
-            node.input[:] = [passed.get(name, name) for name in node.input]
+            _plain(node)
+            scattered = source if node.op_type == "TensorScatter" else {}
+            node.input[:] = [scattered.get(n, passed.get(n, n)) for n in node.input]
             kept.append(node)
     del model.graph.node[:]
     model.graph.node.extend(kept)
+
+
+def _plain(node: NodeProto) -> None:
+    """GroupQueryAttention without its quantized cache."""
+    kept = [a for a in node.attribute if a.name not in QUANTIZED]
+    if len(kept) < len(node.attribute):
+        del node.attribute[:]
+        node.attribute.extend(kept)
+        del node.input[KV_SCALE:]
 
 
 def _floats(node: NodeProto, x: str) -> list[NodeProto]:

@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from onnx import NodeProto, helper
+from onnx import NodeProto, TensorProto, helper
 from torch import Tensor
 
 from optpipe.export.graph import Graph
 from optpipe.export.weights import Weights
 from optpipe.family import Block, Decoder
+from optpipe.kvcache import CacheForm
 
 ATTENTION = "optpipe.attention"
 """Property of the node that ends an attention: its query, key, value, scale, softcap and window (0:
@@ -113,11 +114,24 @@ class Attention:
         past, present = f"past_key_values.{index}.{part}", f"present.{index}.{part}"
         d = self.decoder
         shape: list[str | int | None] = ["B", d.kv_heads, self.capacity, d.head_dim]
-        dtype = self.weights.onnx_dtype
+        form = self.weights.checkpoint.cache
+        dtype = TensorProto.INT8 if form else self.weights.onnx_dtype
         self.graph.inputs.append(helper.make_tensor_value_info(past, dtype, shape))
         self.graph.outputs.append(helper.make_tensor_value_info(present, dtype, shape))
+        grid = self._grid(form, part, index) if form else []
+        if grid:
+            new = self.graph.node("QuantizeLinear", [new, *grid], f"{present}.codes")
         inputs = [past, new, "write_indices"]
-        return self.graph.node("TensorScatter", inputs, present, axis=-2, mode="linear")
+        self.graph.node("TensorScatter", inputs, present, axis=-2, mode="linear")
+        if not grid:
+            return present
+        return self.graph.node("DequantizeLinear", [present, *grid], f"{present}.rounded")
+
+    def _grid(self, form: CacheForm, part: str, index: int) -> list[str]:
+        """Scale and zero point of a quantized cache."""
+        scales = form.key if part == "key" else form.value
+        scale = self.weights.scalar(f"cache.{index}.{part}.scale", scales[index])
+        return [scale, self.graph.raw("zero.int8", TensorProto.INT8, (), [np.zeros(1, np.uint8)])]
 
     def _mask(self, window: int | None) -> str:
         """True where a query may look, (B, 1, S, capacity)."""

@@ -13,9 +13,9 @@ from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 MODEL, DATA, SESSION = "model.onnx", "model.onnx.data", "session.json"
 UNFUSED_SESSION = {"session.disable_quant_qdq": "1"}
-"""For a graph with float8, or with rounded inputs and weights in blocks: ONNX Runtime 1.31 fuses
-those into MatMulIntegerToFloat, too, and then refuses its own graph. Weights become floats when it
-loads the graph."""
+"""For a graph with float8, with rounded inputs and weights in blocks, or with a transposed int8
+cache: ONNX Runtime 1.31 rewrites those wrongly and then refuses its own graph. Quantized weights
+become floats when it loads the graph."""
 INTEGER_SESSION = {"session.x64quantprecision": "1"}
 """For products of 8-bit integers, which would saturate at 16 bits where a CPU has no VNNI; the
 loader leaves it out where there is one, because there it is 3.5 times slower."""
@@ -109,6 +109,9 @@ class Graph:
             (self.out / SESSION).write_text(json.dumps(session) + "\n")
 
     def _misread(self) -> bool:
+        dequantized = {n.output[0] for n in self.nodes if n.op_type == "DequantizeLinear"}
+        if any(n.op_type == "Transpose" and n.input[0] in dequantized for n in self.nodes):
+            return True
         if any(w.data_type == TensorProto.FLOAT8E4M3FN for w in self.initializers.values()):
             return True
         rounds = any(node.op_type == "QuantizeLinear" for node in self.nodes)

@@ -74,6 +74,12 @@ class Onnx(Stage):
 
     def run(self, source: Artifact, out: Path, progress: Progress) -> Stats:
         checkpoint = Checkpoint(source.path)
+        if checkpoint.cache is not None and checkpoint.cache.number != "int8":
+            raise InputError(
+                f"a KV cache in {checkpoint.cache.number} cannot be verified as ONNX, because ONNX "
+                "Runtime has no TensorScatter of it on a CPU; use cache.number=int8, or an export "
+                "for vLLM or TensorRT-LLM"
+            )
         capacity = _capacity(checkpoint, self.capacity)
         Emitter(checkpoint, out, DTYPES[self.dtype], capacity).emit(progress)
         copy_side_files(source.path, out)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from optpipe.bench.scenario import Cell
 
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 PARTS = ("weights", "kv", "activations", "scratch")
 
 
@@ -101,15 +101,22 @@ class Model:
     windows: tuple[int | None, ...]
     """Of each layer, in tokens; None: it sees all."""
     dtype: str
-    """Of activations, attention and cache."""
+    """Of activations and attention."""
     capacity: int
     cache: str
     """How a step treats the cache: 'in place', 'concatenated' anew (torch's DynamicCache), or read
     'whole', up to its capacity (canonical graphs, which mask what is not there)."""
 
+    kv_dtype: str | None = None
+    """Of what the cache holds; None: that of activations."""
+
     @property
     def item(self) -> int:
         return ITEM_BYTES[self.dtype]
+
+    @property
+    def kv_item(self) -> int:
+        return ITEM_BYTES[self.kv_dtype or self.dtype]
 
     def step(self, batch: int, tokens: int, depth: float) -> PhaseCost:
         """``tokens`` a row, one of them with logits, on top of ``depth`` tokens in the cache."""
@@ -126,13 +133,13 @@ class Model:
             flops=flops,
             attention_flops=attention,
             weights=sum(p.rows * p.cols for p in self.products),
-            kv_item=self.item,
+            kv_item=self.kv_item,
         )
 
     def _traffic(self, batch: int, tokens: int, depth: float) -> dict[str, Traffic]:
         streamed = sum(p.bytes for p in self.products) + self.vector_bytes
         rows = batch * tokens * self.tables * self.hidden * self.item
-        kappa = 2 * self.kv_heads * self.head_dim * self.item
+        kappa = 2 * self.kv_heads * self.head_dim * self.kv_item
         kv = batch * kappa * sum(self._kv_tokens(w, tokens, depth) for w in self.windows)
         widths = [(p.rows + p.cols) * (batch if p.head else batch * tokens) for p in self.products]
         scratch = [p.scratch for p in self.products]

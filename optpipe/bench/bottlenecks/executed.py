@@ -40,22 +40,23 @@ def torch_model(artifact: Artifact, dtype: str) -> Model:
     shapes = checkpoint.shapes().items()
     vectors = sum(s[0] for n, s in shapes if len(s) == 1 and n.endswith((".weight", ".bias")))
     products = [_layer(form, dtype, name.startswith(decoder.head)) for name, form in forms.items()]
-    return _model(decoder, products, float(vectors * item), dtype, decoder.context, "concatenated")
+    dtypes, context = (dtype, dtype), decoder.context
+    return _model(decoder, products, float(vectors * item), dtypes, context, "concatenated")
 
 
 def graph_model(artifact: Artifact) -> Model:
     """A canonical graph or an engine in ONNX Runtime."""
     proto = read(artifact.path)
     cache = next(v for v in proto.graph.input if v.name.startswith("past_key_values"))
-    about = cache.type.tensor_type
-    dtype = str(helper.tensor_dtype_to_np_dtype(about.elem_type))
+    about, logits = cache.type.tensor_type, proto.graph.output[0].type.tensor_type
+    dtype, held = (str(helper.tensor_dtype_to_np_dtype(t.elem_type)) for t in (logits, about))
     products = list(_graph_products(proto.graph, dtype))
     fused = any(prop.key == "form" and prop.value == "fused" for prop in proto.metadata_props)
     return _model(
         Checkpoint(artifact.path).decoder,
         products,
         _vector_bytes(proto.graph),
-        dtype,
+        (dtype, held),
         about.shape.dim[2].dim_value,
         "in place" if fused else "whole",
     )
@@ -65,10 +66,11 @@ def _model(
     decoder: Decoder,
     products: Sequence[Product],
     vector_bytes: float,
-    dtype: str,
+    dtypes: tuple[str, str],
     capacity: int,
     cache: str,
 ) -> Model:
+    """``dtypes`` are those of activations and of what the cache holds."""
     return Model(
         products=tuple(products),
         vector_bytes=vector_bytes,
@@ -78,7 +80,8 @@ def _model(
         kv_heads=decoder.kv_heads,
         head_dim=decoder.head_dim,
         windows=tuple(block.window for block in decoder.blocks),
-        dtype=dtype,
+        dtype=dtypes[0],
+        kv_dtype=dtypes[1],
         capacity=capacity,
         cache=cache,
     )
