@@ -12,28 +12,29 @@ The share that is dropped grows over the first half of the steps, the support se
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from optpipe.calibrate import Calib, Gram, Observation
+from optpipe.calibrate import Gram, Observation
 from optpipe.checkpoint import Checkpoint
 from optpipe.compensate import check_damp
 from optpipe.leastsquares import damped, refit
-from optpipe.prune.mask import LAYER, Prune, keep_mask
+from optpipe.prune.allocated import Allocated
+from optpipe.prune.mask import LAYER, keep_mask
 
 Mask = Callable[[Tensor, float], Tensor]
 """(score (R, C), how far along, 0 to 1) -> which weights are kept, (R, C)."""
 
 
 def support(weight_RC: Tensor, gram_CC: Tensor, mask: Mask, steps: int, rho: float) -> Tensor:
-    """Which weights to keep, (R, C), for inputs of a regular Gram matrix."""
-    norm_C = gram_CC.diagonal().sqrt()
-    weight_RC = weight_RC.double() * norm_C  # from here on every input has norm one
+    """Which weights to keep, (R, C), for a regular Gram matrix; computed in the dtype of W."""
+    norm_C, dtype = gram_CC.diagonal().sqrt(), weight_RC.dtype
+    weight_RC = weight_RC * norm_C.to(dtype)  # from here on every input has norm one
     values_C, vectors_CC = torch.linalg.eigh(gram_CC / norm_C / norm_C[:, None])
-    inverse_CC = (vectors_CC / (values_C + rho)) @ vectors_CC.T
-    target_RC = weight_RC @ (vectors_CC * values_C) @ vectors_CC.T
+    inverse_CC = ((vectors_CC / (values_C + rho)) @ vectors_CC.T).to(dtype)
+    target_RC = weight_RC @ ((vectors_CC * values_C) @ vectors_CC.T).to(dtype)
     sparse_RC, dual_RC = weight_RC, torch.zeros_like(weight_RC)
     keep_RC = mask(weight_RC.abs(), 0.0)
     for step in range(1, steps + 1):
@@ -45,7 +46,7 @@ def support(weight_RC: Tensor, gram_CC: Tensor, mask: Mask, steps: int, rho: flo
 
 
 @dataclass(frozen=True, kw_only=True)
-class Admm(Prune):
+class Admm(Allocated):
     """The lowest error of a layer of all methods here, at some 40 products of its size."""
 
     pattern: str = LAYER
@@ -55,7 +56,6 @@ class Admm(Prune):
     """Penalty of B and Z being apart, in units of an input's squared norm."""
     damp: float = 0.01
     """Added to the diagonal of H, in units of its mean; steadies small calibration sets."""
-    calib: Calib = field(default_factory=Calib)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,9 +75,6 @@ class Admm(Prune):
         """N:M at once; else a share that grows as the cube root of time, as in the paper."""
         share = min(1.0, 2 * progress) ** (1 / 3)
         return keep_mask(score_RC, self.sparsity * share, self.pattern)
-
-    def inputs(self, model: Checkpoint) -> str:
-        return self.calib.inputs(model)
 
     def observation(self, checkpoint: Checkpoint, wanted: frozenset[str]) -> Observation:
         return self.calib.observe(checkpoint, wanted, Gram)

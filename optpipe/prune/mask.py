@@ -125,6 +125,16 @@ class Prune(Stage):
         mask = keep_mask(score_RC, self.sparsity, self.pattern)
         return weight_RC * mask, mask
 
+    def at(self, sparsity: float) -> Prune:
+        """This method for one layer."""
+        return replace(self, sparsity=sparsity)
+
+    def sparsities(
+        self, checkpoint: Checkpoint, layers: Layers, chosen: frozenset[str], progress: Progress
+    ) -> dict[str, float]:
+        """The share to drop of every chosen layer."""
+        return dict.fromkeys((name for name in layers if name in chosen), self.sparsity)
+
     def observation(self, checkpoint: Checkpoint, wanted: frozenset[str]) -> Observation | None:
         """What the method needs to know of the inputs of the layers."""
         return None
@@ -132,22 +142,26 @@ class Prune(Stage):
     def run(self, source: Artifact, out: Path, progress: Progress) -> Stats:
         checkpoint = Checkpoint(source.path)
         layers = model.layers(checkpoint)
-        chosen = select(layers, self.targets)
+        chosen, planned = select(layers, self.targets), self.plan(layers)
+        shares = self.sparsities(checkpoint, layers, chosen, progress)
+        each = {name: self.at(share) for name, share in shares.items()}
 
         def change(name: str, layer: nn.Module, statistic: Any) -> nn.Module:
             if name not in chosen:
                 return layer
             assert isinstance(layer, nn.Linear)
-            weight, mask = self.pruned(layer.weight, statistic)
+            weight, mask = each[name].pruned(layer.weight, statistic)
             return dense(weight, layer.bias, mask)
 
         observation = self.observation(checkpoint, chosen)
-        rewrite(source, out, self.plan(layers), change, progress, observation)
-        gone = sum(self.dropped(layers[name]) for name in chosen)
+        rewrite(source, out, planned, change, progress, observation)
+        gone = sum(stage.dropped(layers[name]) for name, stage in each.items())
         before = (name for name, form in layers.items() if form.pattern)
         gone += sum(_zeros(name, layers, checkpoint) for name in before)
         stored = [f for n, f in layers.items() if n != HEAD or not checkpoint.head_is_embedding]
         facts = observation.facts if observation else {}
+        if len(set(shares.values())) > 1:
+            facts = {"sparsities": shares, **facts}
         return {"sparsity": gone / sum(f.rows * f.cols for f in stored), **facts}
 
 

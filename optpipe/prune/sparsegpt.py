@@ -8,15 +8,16 @@ an N:M group, on weights that have already moved. Unlike nvidia-modelopt's, the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from optpipe.calibrate import Calib, Gram, Observation
+from optpipe.calibrate import Gram, Observation
 from optpipe.checkpoint import Checkpoint
 from optpipe.compensate import BLOCK, check_damp, compensate, inverse_factor
-from optpipe.prune.mask import LAYER, Prune, all_but_lowest, parse_pattern
+from optpipe.prune.allocated import Allocated
+from optpipe.prune.mask import LAYER, all_but_lowest, parse_pattern
 
 
 class Dropping:
@@ -52,13 +53,12 @@ class Dropping:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SparseGpt(Prune):
+class SparseGpt(Allocated):
     """Weights of a layer compete within blocks of 128 columns, across its outputs."""
 
     pattern: str = LAYER
     damp: float = 0.01
     """Added to the diagonal of H, in units of its mean; steadies small calibration sets."""
-    calib: Calib = field(default_factory=Calib)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,9 +69,6 @@ class SparseGpt(Prune):
         factor_CC = inverse_factor(statistic.mean_CC, self.damp)
         moved = compensate(weight_RC, factor_CC, dropping)
         return moved.to(weight_RC.dtype), dropping.keep_RC
-
-    def inputs(self, model: Checkpoint) -> str:
-        return self.calib.inputs(model)
 
     def observation(self, checkpoint: Checkpoint, wanted: frozenset[str]) -> Observation:
         return self.calib.observe(checkpoint, wanted, Gram)

@@ -6,26 +6,25 @@ arXiv:2406.07831).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from optpipe.calibrate import Calib, Gram, Observation, Squares
+from optpipe.calibrate import Gram, Observation, Squares
 from optpipe.checkpoint import Checkpoint
 from optpipe.compensate import check_damp
 from optpipe.leastsquares import damped, refit
-from optpipe.prune.mask import Prune
+from optpipe.prune.allocated import Allocated
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanda(Prune):
+class Wanda(Allocated):
     """Compares the weights of one output with each other."""
 
     refit: bool = False
     """Solve for the kept weights by least squares; else they do not change."""
     damp: float = 0.01
     """Of a refit: added to the diagonal of H, in units of its mean."""
-    calib: Calib = field(default_factory=Calib)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,9 +41,6 @@ class Wanda(Prune):
     def score(self, weight_RC: Tensor, statistic: Squares | Gram) -> Tensor:
         """Eq. 1 of the paper."""
         return weight_RC.abs() * statistic.norm_C.to(weight_RC.dtype)
-
-    def inputs(self, model: Checkpoint) -> str:
-        return self.calib.inputs(model)
 
     def observation(self, checkpoint: Checkpoint, wanted: frozenset[str]) -> Observation:
         return self.calib.observe(checkpoint, wanted, Gram if self.refit else Squares)

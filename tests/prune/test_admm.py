@@ -71,7 +71,7 @@ def test_with_the_mask_held_it_converges_to_the_least_squares_weights():
         seen.append(score)
         return keep
 
-    support(layer.weight, gram, held, 3000, 0.1)
+    support(layer.weight.double(), gram, held, 3000, 0.1)
     found = seen[-1] * keep / gram.diagonal().sqrt()
 
     expected = refit(keep, gram, layer.weight.double() @ gram)
