@@ -6,6 +6,7 @@ Shapes: S samples, T tokens of each, N rows of inputs, C inputs of a linear laye
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +20,15 @@ from optpipe.artifact import Stats, fingerprint
 from optpipe.checkpoint import Checkpoint
 from optpipe.errors import InputError
 from optpipe.family import Block
+from optpipe.model import layers
 from optpipe.text import has_tokenizer, leading, no_tokenizer, tokenize
 
+log = logging.getLogger(__name__)
 BUNDLED = Path(__file__).parent / "demo" / "calibration.txt"
 SOURCES = ("text", "random")
+FEWEST = 8
+"""Tokens for each input that second-order methods want at least; 16 are better. With fewer they may
+be worse than methods that solve for nothing."""
 MOST_TOKENS = 100_000_000
 """A hundred times what any method asks for; more is a slip of the hand that fills the memory."""
 
@@ -39,6 +45,8 @@ class Calib:
     """'text' or 'random'."""
     path: str | None = None
     """A .txt file, or .jsonl with a 'text' in each line; null: the bundled calibration text."""
+    mixture: dict[str, float] | None = None
+    """Instead of a path, several such files with their shares of the samples."""
     samples: int = 64
     tokens: int = 512
     """Length of each sample, tokens. 64 x 512 are 43 tokens for each input of the demo's widest
@@ -48,6 +56,11 @@ class Calib:
     def __post_init__(self) -> None:
         if self.source not in SOURCES:
             raise ValueError(f"source must be one of {SOURCES}, got '{self.source}'")
+        if self.mixture is not None and not self._mixes():
+            raise ValueError(
+                "mixture must be files with shares above 0, in place of a path and with "
+                f"source=text, got {self.mixture}"
+            )
         if self.samples < 1 or self.tokens < 2:
             raise ValueError(
                 f"at least 1 sample of 2 tokens is needed, got {self.samples} x {self.tokens}"
@@ -70,7 +83,32 @@ class Calib:
             return torch.randint(checkpoint.decoder.vocab, shape, generator=generator)
         if not has_tokenizer(checkpoint.path):
             raise InputError(f"{no_tokenizer(checkpoint.path)}; use calib=random")
-        bos, ids = leading(checkpoint.path), tokenize(checkpoint.path, self._text())
+        parts = self._parts()
+        windows = [self._windows(checkpoint, *part, generator) for part in parts.items()]
+        return torch.cat(windows)
+
+    def _mixes(self) -> bool:
+        shares = (self.mixture or {}).values()
+        fitting = self.path is None and self.source == "text"
+        return fitting and bool(shares) and all(0 < share < float("inf") for share in shares)
+
+    def _parts(self) -> dict[Path, int]:
+        """Every text and how many samples come from it, by the largest remainders."""
+        if self.mixture is None:
+            return {Path(self.path) if self.path else BUNDLED: self.samples}
+        whole = sum(self.mixture.values())
+        exact = {file: self.samples * share / whole for file, share in self.mixture.items()}
+        counts = {file: int(count) for file, count in exact.items()}
+        missing = self.samples - sum(counts.values())
+        for file in sorted(exact, key=lambda f: counts[f] - exact[f])[:missing]:
+            counts[file] += 1
+        return {Path(file): count for file, count in counts.items() if count}
+
+    def _windows(
+        self, checkpoint: Checkpoint, file: Path, samples: int, generator: torch.Generator
+    ) -> Tensor:
+        """Windows of one text that do not overlap, (samples, T)."""
+        bos, ids = leading(checkpoint.path), tokenize(checkpoint.path, _read(file))
         if max(ids, default=0) >= checkpoint.decoder.vocab:
             raise InputError(
                 f"the tokenizer in '{checkpoint.path}' makes token {max(ids)}, but the model's "
@@ -78,37 +116,52 @@ class Calib:
             )
         body = self.tokens - len(bos)
         windows = len(ids) // body
-        if windows < self.samples:
+        if windows < samples:
             raise InputError(
-                f"calib.samples={self.samples} windows of calib.tokens={self.tokens} need "
-                f"{self.samples * body} tokens, but the text has {len(ids)}"
+                f"calib.samples={samples} windows of calib.tokens={self.tokens} need "
+                f"{samples * body} tokens, but the text has {len(ids)}"
             )
-        chosen = torch.randperm(windows, generator=generator)[: self.samples].sort().values
+        chosen = torch.randperm(windows, generator=generator)[:samples].sort().values
         starts = (chosen * body).tolist()
         return torch.tensor([[*bos, *ids[start : start + body]] for start in starts])
 
     def observe(
         self, checkpoint: Checkpoint, wanted: frozenset[str], statistic: Callable[[int], Statistic]
     ) -> Observation:
-        """Ask for a statistic of the inputs of the layers ``wanted`` on these tokens."""
+        """Ask for a statistic of the inputs of the layers ``wanted`` on these tokens.
+
+        Warns where a Gram matrix would have fewer than FEWEST tokens for each input.
+        """
+        facts = self.facts()
+        if statistic in (Gram, Cross):
+            forms = layers(checkpoint)
+            widest = max((forms[name].cols for name in wanted), default=1)
+            facts["calib_tokens_per_input"] = per_input = self.samples * self.tokens / widest
+            if per_input < FEWEST:
+                log.warning(
+                    "calibration: %.1f tokens for each of %d inputs; below %d, what is solved for "
+                    "fits the text rather than the layer: raise calib.samples to %d",
+                    *(per_input, widest, FEWEST, -(-FEWEST * widest // self.tokens)),
+                )
         return Observation(
-            ids_ST=self.ids(checkpoint), wanted=wanted, statistic=statistic, facts=self.facts()
+            ids_ST=self.ids(checkpoint), wanted=wanted, statistic=statistic, facts=facts
         )
 
     def facts(self) -> dict[str, object]:
         """What a report says about the calibration."""
-        text = self.path or BUNDLED.name if self.source == "text" else None
+        text = self.mixture or self.path or BUNDLED.name if self.source == "text" else None
         return {"calib_text": text, "calib_tokens": self.samples * self.tokens, "seed": self.seed}
 
-    def _text(self) -> str:
-        file = Path(self.path) if self.path else BUNDLED
-        try:
-            content = file.read_text(encoding="utf-8")
-            if file.suffix == ".jsonl":
-                return "\n\n".join(_texts(content))
-        except (OSError, ValueError) as error:
-            raise InputError(f"cannot read calib.path '{file}': {error}") from error
-        return content
+
+def _read(file: Path) -> str:
+    """A text. Raises InputError if it cannot be read."""
+    try:
+        content = file.read_text(encoding="utf-8")
+        if file.suffix == ".jsonl":
+            return "\n\n".join(_texts(content))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read calib.path '{file}': {error}") from error
+    return content
 
 
 def _texts(jsonl: str) -> Iterator[str]:

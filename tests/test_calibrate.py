@@ -6,7 +6,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from optpipe.calibrate import Calib, Gram, Squares
+from optpipe.calibrate import Calib, Gram, Squares, _read
 from optpipe.checkpoint import Checkpoint
 from optpipe.errors import InputError
 
@@ -111,7 +111,7 @@ def test_a_broken_tokenizer_or_one_of_another_model_is_one_clear_error(folder, t
 def test_json_lines_may_hold_any_character_and_blank_lines(tmp_path):
     file = tmp_path / "text.jsonl"
     file.write_text('{"text": "one\u2028two\x85three"}\n\n{"text": "four"}\n', encoding="utf-8")
-    assert Calib(path=str(file))._text() == "one\u2028two\x85three\n\nfour"
+    assert _read(file) == "one\u2028two\x85three\n\nfour"
     file.write_text('{"text": "one"}\n{"tekst": "two"}\n')
     with pytest.raises(InputError, match=r"text\.jsonl': line 2: KeyError: 'text'"):
         Calib(path=str(file))._text()
@@ -120,3 +120,46 @@ def test_json_lines_may_hold_any_character_and_blank_lines(tmp_path):
 def test_more_tokens_than_memory_are_refused():
     with pytest.raises(ValueError, match="at most 100,000,000 tokens, got 100000000 x 512"):
         Calib(samples=100_000_000, tokens=512)
+
+
+def test_a_mixture_takes_windows_of_every_text_by_its_share(folder, tmp_path):
+    """Largest remainders: 7 samples at 3 : 2 : 1 are 3.5, 2.33 and 1.17, so 4, 2 and 1."""
+    files = {}
+    for index, share in enumerate((3.0, 2.0, 1.0)):
+        file = tmp_path / f"{index}.txt"
+        file.write_text(" ".join(f"w{50 * index + i % 50}" for i in range(200)))
+        files[str(file)] = share
+    calib = Calib(mixture=files, samples=7, tokens=16)
+    ids = calib.ids(Checkpoint(folder))
+    assert (ids[:, 0] // 50).tolist() == [0, 0, 0, 0, 1, 1, 2]
+    assert torch.equal(ids // 50, (ids[:, :1] // 50).expand(7, 16))
+    assert calib.facts()["calib_text"] == files
+    alone = Calib(path=next(iter(files)), samples=4, tokens=16).ids(Checkpoint(folder))
+    assert torch.equal(ids[:4], alone)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"mixture": {}},
+        {"mixture": {"a.txt": 0.0}},
+        {"mixture": {"a.txt": 1.0}, "path": "b.txt"},
+        {"mixture": {"a.txt": 1.0}, "source": "random"},
+    ],
+)
+def test_a_mixture_that_says_nothing_is_refused(fields):
+    with pytest.raises(ValueError, match="mixture must be files with shares above 0"):
+        Calib(**fields)
+
+
+@pytest.mark.parametrize(("samples", "warned"), [(12, False), (11, True)])
+def test_few_tokens_for_each_input_are_warned_of_and_told(tiny, caplog, samples, warned):
+    """down_proj has 96 inputs: 8 tokens for each are 12 samples of 64."""
+    calib = Calib(source="random", samples=samples, tokens=64)
+    wanted = frozenset({"model.layers.0.mlp.down_proj", "model.layers.0.mlp.up_proj"})
+    observation = calib.observe(Checkpoint(tiny()), wanted, Gram)
+    assert observation.facts["calib_tokens_per_input"] == pytest.approx(samples * 64 / 96)
+    assert ("raise calib.samples to 12" in caplog.text) == warned
+    caplog.clear()
+    assert "calib_tokens_per_input" not in calib.observe(Checkpoint(tiny()), wanted, Squares).facts
+    assert not caplog.text
