@@ -5,6 +5,7 @@ import json
 
 import pytest
 import reports
+from test_pages import under_load
 
 from optpipe.bench.pages import charts, merge, schema
 from optpipe.bench.pages.merge import Job
@@ -74,6 +75,26 @@ def test_artifacts_of_all_jobs_are_in_one_report_of_the_same_kind(sweep, tmp_pat
     assert "quant.bits=3 + build" in text and "quant.bits=4 + build" in text
     page = (tmp_path / "report.html").read_text()
     assert "6 quant.bits=4 + build" in page and "folders of its jobs" in page
+
+
+def test_jobs_of_other_scenarios_and_without_advice_are_merged_too(sweep, tmp_path):
+    """A cell of each job alone, one of them a server; every job has a baseline of its own."""
+    single, served = job_report(4.0, "a", cells=1), under_load(job_report(4.0, "a", cells=1))
+    for found, name in ((single, "single"), (served, "server")):
+        found["recommendation"] = []
+        found["run"]["scenarios"] = {name: {}}
+        point = {key: found["artifacts"][0]["cells"][0][key] for key in merge.CELL}
+        for key in ("prompts", "resolution"):
+            entries = found["run"]["design"][key][:1]
+            found["run"]["design"][key] = [{**entry, **point} for entry in entries]
+    found = sweep({"scenario=single": single, "scenario=server": served})
+    schema.check(found)
+    assert found["recommendation"] == [] and len(found["artifacts"]) == 8
+    assert [[c["blocks"] for c in a["cells"]] for a in found["artifacts"]] == [[8, 0]] * 4 + [
+        [0, 8]] * 4  # fmt: skip
+    assert [c["scenario"] for c in found["run"]["design"]["resolution"]] == ["single", "server"]
+    text, page = (tmp_path / "report.md").read_text(), (tmp_path / "report.html").read_text()
+    assert "poisson arrivals at 12.5 a second" in text and "Under load" in page
 
 
 def test_every_stage_is_held_against_that_of_its_own_job(sweep):

@@ -74,7 +74,7 @@ def test_tasks_show_flips_and_their_test(report):
     rows = [*tasks.rows(report)]
     assert rows[1][1:] == ["next_line", "acc", "0.7500", "0.0217", "400", "4", "14", "0.031"]
     text, page = tables.markdown(report), html.page(report, [])
-    assert "| next_line | acc | 0.7500 |" in text and "became wrong" in page
+    assert "| next_line | acc | 0.7500 |" in text and "to wrong" in page
 
 
 def test_a_spreadsheet_has_both(report):

@@ -111,7 +111,7 @@ def servers(report: Entry) -> Iterator[Safe]:
     drawn = [
         part
         for title, rows in served.tables(report)
-        for part in (note(f"{title}."), table(served.HEADER, rows, title, "stack"))
+        for part in (note(f"{title}."), table(served.HEADER, rows, title, "stack pairs"))
     ]
     if drawn:
         yield section("Under load", *drawn, note(served.READ))
@@ -120,7 +120,7 @@ def servers(report: Entry) -> Iterator[Safe]:
 def evaluation(report: Entry) -> Iterator[Safe]:
     """The user's tasks, where they were run."""
     if rows := [*tasks.rows(report)]:
-        yield section("Tasks", note(tasks.READ), table(tasks.HEADER, rows, "tasks", "stack"))
+        yield section("Tasks", note(tasks.READ), table(tasks.HEADER, rows, "tasks", "stack pairs"))
 
 
 def drift(report: Entry, series: Sequence[Entry]) -> Safe:

@@ -72,8 +72,8 @@ def merged(done: Mapping[str, Entry]) -> Entry:
         for job, report in done.items()
         for pick in report.get("recommendation", ())
     ]
-    found: Entry = {"schema": next(iter(done.values()))["schema"], "artifacts": artifacts}
-    return {**found, "recommendation": picks} if picks else found
+    schema = next(iter(done.values()))["schema"]
+    return {"schema": schema, "artifacts": artifacts, "recommendation": picks}
 
 
 def _identity(artifact: Mapping[str, Any], report: Mapping[str, Any]) -> str:
@@ -139,7 +139,10 @@ def _run(jobs: Sequence[Job], done: Mapping[str, Entry], out: Path) -> Entry:
         **designs[0],
         "timing": designs[0]["timing"] + ONE_AFTER_THE_OTHER,
         "sessions": [session for design in designs for session in design["sessions"]],
-        "prompts": list({_point(p): p for d in designs for p in d["prompts"]}.values()),
+        **{
+            key: list({_point(one): one for d in designs for one in d.get(key, ())}.values())
+            for key in ("prompts", "resolution")
+        },
     }
     common = set.intersection(*(set(job.overrides) for job in jobs))
     found = {

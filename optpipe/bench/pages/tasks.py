@@ -7,11 +7,11 @@ from typing import Any
 
 from optpipe.bench.pages.view import DASH, names, number
 
-HEADER = ("artifact", "task", "metric", "value", "standard error", "documents", "became right",
-          "became wrong", "McNemar p")  # fmt: skip
+HEADER = ("artifact", "task", "metric", "value", "std error", "documents", "to right", "to wrong",
+          "McNemar p")  # fmt: skip
 READ = (
-    "Each document is held against the same document of the baseline. McNemar's exact test asks "
-    "whether changes to right and to wrong are equally likely."
+    "Each document is held against the same document of the baseline: so many became right, so "
+    "many wrong. McNemar's exact test asks whether both are equally likely."
 )
 Report = Mapping[str, Any]
 
