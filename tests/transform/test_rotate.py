@@ -7,14 +7,17 @@ import torch
 import transformers
 
 from optpipe import model, pipeline
+from optpipe.artifact import Artifact
 from optpipe.checkpoint import Checkpoint
 from optpipe.errors import InputError
+from optpipe.export.onnx import Onnx
 from optpipe.fold import values
 from optpipe.lowrank.svd import Svd
 from optpipe.prune.magnitude import Magnitude
 from optpipe.quant.rtn import Rtn
 from optpipe.source import HuggingFace
 from optpipe.transform.rotate import Rotate
+from optpipe.verify import parity
 
 IDS = torch.randint(3, 288, (2, 30), generator=torch.Generator().manual_seed(0))
 
@@ -105,6 +108,14 @@ def test_norms_behind_layers_are_in_the_way(name, tiny):
     with pytest.raises(InputError, match=f"{name} norms the outputs .* set residual=false"):
         Rotate().inputs(Checkpoint(tiny(name)))
     assert Rotate(residual=False).inputs(Checkpoint(tiny(name))) is None
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen3"])
+def test_what_is_exported_computes_what_the_original_did(name, run, tiny):
+    """A graph of the rotated model against the model before it; gpt2's head was tied."""
+    original = Artifact(path=tiny(name), format="hf", key="k")
+    made = run(Onnx(), run(Rotate(), original))
+    assert parity(made, original).worst < 2e-4
 
 
 def test_bad_fields_are_refused():
