@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from optpipe import model
 from optpipe.checkpoint import Checkpoint, Writer
+from optpipe.errors import InputError
 from optpipe.linear import Form, Layers, Quantized
 from optpipe.stage import Progress
 
@@ -77,6 +78,32 @@ def _kind(form: Form) -> tuple[object, ...]:
     return (form.bits, form.number, form.group_size, form.symmetric, form.inputs)
 
 
+KEY, VALUE = "k_scale", "v_scale"
+
+
+def cache_scales(checkpoint: Checkpoint) -> dict[tuple[str, str], float]:
+    """(attention of a block, KEY or VALUE) -> scale of its cache; empty without an 8-bit cache."""
+    if checkpoint.cache is None:
+        return {}
+    owners = [block.qkv[0].rpartition(".")[0] for block in checkpoint.decoder.blocks]
+    kinds = {KEY: checkpoint.cache.key, VALUE: checkpoint.cache.value}
+    return {
+        (owner, part): scales[index]
+        for index, owner in enumerate(owners)
+        for part, scales in kinds.items()
+    }
+
+
+def fp8_cache(checkpoint: Checkpoint, runtime: str) -> bool:
+    """Whether the cache is in fp8. Raises InputError for int8, which ``runtime`` has not."""
+    if checkpoint.cache is not None and checkpoint.cache.number != "fp8":
+        raise InputError(
+            f"{runtime} has a KV cache in fp8, none in {checkpoint.cache.number}; set "
+            "cache.number=fp8"
+        )
+    return checkpoint.cache is not None
+
+
 def parameters(checkpoint: Checkpoint) -> list[str]:
     """Names of the parameters of the plain model; the head if it has a weight of its own."""
     names = [*model.parameter_shapes(checkpoint)]
@@ -93,6 +120,8 @@ class Folder:
     out: Path
     dtype: str
     """Of all that is not quantized: 'float16' or 'bfloat16'."""
+    cache: Callable[[str, str, float], dict[str, Tensor]]
+    """Attention, KEY or VALUE, scale of an 8-bit cache -> the tensor that says so."""
 
     def write(
         self, encode: Encode, quantization: dict[str, Any] | None, progress: Progress
@@ -104,6 +133,7 @@ class Folder:
             tensors: dict[str, Tensor] = {}
             for name in names:
                 tensors |= self._tensors(name, encode)
+            tensors |= self._cache_scales(part)
             writer.add(part, {key: value.contiguous() for key, value in tensors.items()})
         writer.seal()
         self._config(quantization)
@@ -133,6 +163,13 @@ class Folder:
                 tensor = tensor.T
         assert tensor is not None, name
         return {name: tensor.to(DTYPES[self.dtype])}
+
+    def _cache_scales(self, block: str) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for (owner, part), scale in cache_scales(self.checkpoint).items():
+            if owner.startswith(f"{block}."):
+                found |= self.cache(owner, part, scale)
+        return found
 
     def _linear(self, name: str) -> nn.Module | None:
         decoder, forms = self.checkpoint.decoder, self.checkpoint.forms or {}

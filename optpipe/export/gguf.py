@@ -70,6 +70,10 @@ class Gguf(Stage):
         import gguf
 
         checkpoint = Checkpoint(source.path)
+        if checkpoint.cache is not None:
+            raise InputError(
+                "llama.cpp takes the type of its KV cache as an option; leave the cache stage out"
+            )
         arch = llamacpp.ARCHITECTURES[checkpoint.decoder.family]
         writer = gguf.GGUFWriter(out / FILE, arch, use_temp_file=True)
         llamacpp.describe(checkpoint, writer)

@@ -16,7 +16,7 @@ from optpipe import model
 from optpipe.artifact import Artifact, Stats
 from optpipe.checkpoint import Checkpoint
 from optpipe.errors import GateError
-from optpipe.export.folder import parameters
+from optpipe.export.folder import cache_scales, parameters
 from optpipe.linear import Layers, Quantized, weight_of
 
 READERS = {
@@ -40,12 +40,16 @@ def read_back(artifact: Artifact, reference: Artifact) -> Stats:
     reader: Reader = getattr(import_module(module), function)
     source = Checkpoint(reference.path)
     layers = model.layers(source)
-    missing = {*parameters(source), *_input_scales(layers)}
+    cache = {".".join(place): scale for place, scale in cache_scales(source).items()}
+    missing = {*parameters(source), *_input_scales(layers), *cache}
     quantized = 0
     for name, stored in reader(artifact.path, layers):
         if name not in missing:
             raise GateError(f"'{artifact.name}' holds '{name}', which is no parameter, or twice")
         missing.remove(name)
+        if name in cache:
+            _check_scale(name, float(stored), cache[name])
+            continue
         wanted, exact = _wanted(source, layers, name)
         quantized += exact
         wanted = wanted if exact else wanted.to(stored.dtype).float()
@@ -70,6 +74,11 @@ def _wanted(source: Checkpoint, layers: Layers, name: str) -> tuple[Tensor, bool
     if part == "input_scale":
         return tensor.float().reshape(1), False
     return tensor, False
+
+
+def _check_scale(name: str, stored: float, wanted: float) -> None:
+    if stored != wanted:
+        raise GateError(f"'{name}' is {stored:g}, the cache of the model has {wanted:g}")
 
 
 def _one_fp8_scale(layers: Layers, name: str) -> bool:

@@ -9,6 +9,7 @@ scales are those of our layers. Shapes: R outputs, C inputs, G scales a row. A l
     W8A16       NAME.weight (R, C) int8     NAME.weight_scale (R) float32
     FP8         NAME.weight (R, C) float8_e4m3fn     NAME.weight_scale () NAME.input_scale ()
     FP8_PER_CHANNEL_PER_TOKEN   the same with NAME.weight_scale (R) and no input_scale
+    KV cache    ATTENTION.k_proj.k_scale ()    ATTENTION.v_proj.v_scale (), for fp8
 
 The loader joins q, k and v (gate and up) and, for FP8, rounds them again if their scales differ.
 """
@@ -29,7 +30,17 @@ from optpipe import __version__, model
 from optpipe.artifact import Artifact, Stats
 from optpipe.checkpoint import Checkpoint
 from optpipe.errors import InputError
-from optpipe.export.folder import DTYPES, FUSED, Folder, check_dtype, check_layers, write_json
+from optpipe.export.folder import (
+    DTYPES,
+    FUSED,
+    KEY,
+    VALUE,
+    Folder,
+    check_dtype,
+    check_layers,
+    fp8_cache,
+    write_json,
+)
 from optpipe.export.vllm import eight_bit, scaled
 from optpipe.linear import PER_CHANNEL, PER_TENSOR, Form, Layers, Quantized
 from optpipe.stage import Progress, Stage
@@ -77,13 +88,17 @@ class Trtllm(Stage):
     def run(self, source: Artifact, out: Path, progress: Progress) -> Stats:
         checkpoint = Checkpoint(source.path)
         layers = model.layers(checkpoint)
-        told = common_algorithm(layers)
-        folder = Folder(checkpoint=checkpoint, out=out, dtype=self.dtype)
-        folder.write(self._encode, told and _quantization_config(layers, told), progress)
-        if told is not None:
+        fp8 = fp8_cache(checkpoint, "TensorRT-LLM")
+        told = common_algorithm(layers) or {"quant_algo": None}
+        told["kv_cache_quant_algo"] = FP8 if fp8 else None
+        plain = not any(told.values())
+        folder = Folder(checkpoint=checkpoint, out=out, dtype=self.dtype, cache=cache_scale)
+        settings = None if plain else _quantization_config(layers, told)
+        folder.write(self._encode, settings, progress)
+        if not plain:
             write_json(out / "hf_quant_config.json", _hf_quant_config(layers, told))
         _write_commands(checkpoint, out)
-        return {"dtype": self.dtype, **(told or {"quant_algo": None})}
+        return {"dtype": self.dtype, **told}
 
     def _encode(self, name: str, layer: Quantized) -> dict[str, Tensor]:
         tensors = encode(name, layer)
@@ -146,7 +161,6 @@ def _hf_quant_config(layers: Layers, told: dict[str, Any]) -> dict[str, Any]:
         "producer": {"name": "optpipe", "version": __version__},
         "quantization": {
             **told,
-            "kv_cache_quant_algo": None,
             "exclude_modules": _excluded(layers),
         },
     }
@@ -158,8 +172,9 @@ def _quantization_config(layers: Layers, told: dict[str, Any]) -> dict[str, Any]
     group = {"input_activations": eight, "weights": eight, "targets": ["Linear"]}
     return {
         **({"config_groups": {"group_0": group}} if told["quant_algo"] == FP8 else {}),
+        **({"kv_cache_scheme": eight} if told["kv_cache_quant_algo"] else {}),
         "ignore": _excluded(layers),
-        "quant_algo": told["quant_algo"],
+        **({"quant_algo": told["quant_algo"]} if told["quant_algo"] else {}),
         "producer": {"name": "optpipe", "version": __version__},
         "quant_method": "modelopt",
     }
@@ -177,6 +192,12 @@ def encode(name: str, layer: Quantized) -> dict[str, Tensor]:
     if layer.input_scale is not None:
         found[f"{name}.input_scale"] = layer.input_scale.float().reshape(())
     return found
+
+
+def cache_scale(attention: str, part: str, scale: float) -> dict[str, Tensor]:
+    """The tensor that holds one scale of an fp8 cache, beside the layer that makes the keys."""
+    layer = {KEY: "k_proj", VALUE: "v_proj"}[part]
+    return {f"{attention}.{layer}.{part}": torch.tensor(scale)}
 
 
 def _write_commands(checkpoint: Checkpoint, out: Path) -> None:
@@ -219,6 +240,8 @@ def read(folder: Path, layers: Layers) -> Iterator[tuple[str, Tensor]]:
             yield name, weight if before is None else weight * before.float()
         elif part == "input_scale":
             yield name, tensor.reshape(1)
+        elif part in (KEY, VALUE):
+            yield f"{layer.rpartition('.')[0]}.{part}", tensor
         elif part not in ("weight_scale", "pre_quant_scale"):
             yield name, tensor
 

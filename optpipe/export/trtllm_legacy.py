@@ -80,6 +80,10 @@ class TrtllmLegacy(Stage):
 
     def run(self, source: Artifact, out: Path, progress: Progress) -> Stats:
         checkpoint, ranks = Checkpoint(source.path), self.tensor_parallel
+        if checkpoint.cache is not None:
+            raise InputError(
+                "export=trtllm_legacy writes no scales of a KV cache; export=trtllm does"
+            )
         layers = model.layers(checkpoint)
         told = trtllm.common_algorithm(layers)
         for rank in range(ranks):

@@ -9,6 +9,7 @@ C inputs, G scales a row. A layer NAME becomes
     ("int-quantized")         [NAME.input_scale (1), unless every token has its own]
     fp8 weights, fp8 inputs   the same in float8_e4m3fn
     or none ("float-quantized")
+    a KV cache in fp8         ATTENTION.k_scale (1)   ATTENTION.v_scale (1)
 
 with scales of 8-bit weights and of inputs in float32, which vLLM keeps them in.
 https://github.com/vllm-project/compressed-tensors; checked against 0.17 and vLLM 0.25.1.
@@ -28,12 +29,14 @@ from optpipe import model
 from optpipe.artifact import Artifact, Stats
 from optpipe.checkpoint import Checkpoint
 from optpipe.errors import InputError
-from optpipe.export.folder import Folder, check_dtype, check_layers
+from optpipe.export.folder import Folder, check_dtype, check_layers, fp8_cache
 from optpipe.linear import FP8, PER_CHANNEL, PER_TENSOR, Form, Layers, Quantized, pack, unpack
 from optpipe.stage import Progress, Stage
 
 VERSION = "0.17.0"
 """Of the format."""
+CACHE = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
+"""How compressed-tensors calls a KV cache in fp8 with scales known beforehand."""
 PACKED, INTEGER, FLOAT = "pack-quantized", "int-quantized", "float-quantized"
 
 
@@ -63,9 +66,11 @@ class Vllm(Stage):
 
     def run(self, source: Artifact, out: Path, progress: Progress) -> Stats:
         checkpoint = Checkpoint(source.path)
-        settings = quantization(model.layers(checkpoint))
-        Folder(checkpoint=checkpoint, out=out, dtype=self.dtype).write(encode, settings, progress)
-        return {"dtype": self.dtype, "layout": settings and settings["format"]}
+        fp8 = fp8_cache(checkpoint, "vLLM")
+        settings = quantization(model.layers(checkpoint), CACHE if fp8 else None)
+        folder = Folder(checkpoint=checkpoint, out=out, dtype=self.dtype, cache=cache_scale)
+        folder.write(encode, settings, progress)
+        return {"dtype": self.dtype, "layout": settings and settings["format"], "fp8_cache": fp8}
 
 
 def scheme(form: Form) -> dict[str, Any]:
@@ -121,8 +126,8 @@ def _inputs(form: Form) -> dict[str, Any] | None:
     }
 
 
-def quantization(layers: Layers) -> dict[str, Any] | None:
-    """The quantization_config of these layers; None if all are dense.
+def quantization(layers: Layers, cache: dict[str, Any] | None = None) -> dict[str, Any] | None:
+    """The quantization_config of these layers and this cache; None if all is as it was.
 
     One kind of layer is named by its class, several by the names of their layers.
     """
@@ -134,13 +139,13 @@ def quantization(layers: Layers) -> dict[str, Any] | None:
             if names is None:
                 kinds.append((found, names := []))
             names.append(name)
-    if not kinds:
+    if not kinds and cache is None:
         return None
     only = len(kinds) == 1
     formats = {kind["format"] for kind, _ in kinds}
     return {
         "quant_method": "compressed-tensors",
-        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "format": _layout(formats),
         "quantization_status": "compressed",
         "version": VERSION,
         "config_groups": {
@@ -148,8 +153,14 @@ def quantization(layers: Layers) -> dict[str, Any] | None:
             for index, (kind, names) in enumerate(kinds)
         },
         "ignore": [name for name, form in layers.items() if form.bits is None],
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": cache,
     }
+
+
+def _layout(formats: set[str]) -> str:
+    if len(formats) > 1:
+        return "mixed-precision"
+    return next(iter(formats), "dense")
 
 
 def encode(name: str, layer: Quantized) -> dict[str, Tensor]:
@@ -170,6 +181,11 @@ def encode(name: str, layer: Quantized) -> dict[str, Tensor]:
     if layer.input_scale is not None:
         found[f"{name}.input_scale"] = layer.input_scale.float().reshape(1)
     return found
+
+
+def cache_scale(attention: str, part: str, scale: float) -> dict[str, Tensor]:
+    """The tensor that holds one scale of an fp8 cache."""
+    return {f"{attention}.{part}": torch.tensor([scale])}
 
 
 def eight_bit(layer: Quantized) -> Tensor:

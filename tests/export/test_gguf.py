@@ -16,6 +16,7 @@ from optpipe.errors import GateError, InputError
 from optpipe.export import llamacpp
 from optpipe.export.gguf import FILE, Gguf, encode
 from optpipe.export.readback import read_back
+from optpipe.kvcache import CacheForm
 from optpipe.linear import Form, Quantized
 from optpipe.lowrank.svd import Svd
 from optpipe.quant.rtn import Rtn
@@ -203,3 +204,10 @@ def test_factors_and_models_that_llama_cpp_computes_otherwise_are_refused(tiny, 
 )
 def test_how_text_is_split_has_a_name_or_is_refused(pre_tokenizer, name):
     assert llamacpp._pre_tokenizer({"pre_tokenizer": pre_tokenizer}) == name
+
+
+def test_a_rounded_cache_is_refused(run, half):
+    source = run(Rtn(bits=8, group_size=-1), half())
+    CacheForm(number="fp8", key=[1.0] * 3, value=[1.0] * 3).save(source.path)
+    with pytest.raises(InputError, match="takes the type of its KV cache"):
+        run(Gguf(), source)

@@ -14,6 +14,7 @@ from optpipe.checkpoint import Checkpoint
 from optpipe.errors import GateError, InputError
 from optpipe.export.readback import read_back
 from optpipe.export.trtllm import Trtllm, algorithm
+from optpipe.kvcache import CacheForm
 from optpipe.linear import PER_CHANNEL, PER_TENSOR, Form
 from optpipe.quant.rtn import Rtn
 
@@ -40,10 +41,9 @@ def quantized(run, eight_bits, tmp_path):
     return make
 
 
-def mine(case):
+def mine(case, kind="unified"):
     """A record of modelopt with our name in it."""
-    text = json.dumps(RECORDED[case]["unified"])
-    found = json.loads(text)
+    found = json.loads(json.dumps(RECORDED[case][kind]))
     for part in (found["quantization_config"], found["hf_quant_config"]):
         part["producer"] = {"name": "optpipe", "version": __version__}
     return found
@@ -69,6 +69,34 @@ def test_keys_types_shapes_and_bytes_are_those_of_modelopt(case, run, quantized)
     assert read_back(made, source)["layers_with_codes_bit_exact"] == 14
 
 
+def fp8_cache(source, number="fp8"):
+    scales = [reference.KV_SCALE] * len(Checkpoint(source.path).decoder.blocks)
+    CacheForm(number=number, key=scales, value=scales).save(source.path)
+
+
+def test_scales_of_the_cache_are_where_modelopt_puts_them(run, quantized):
+    source = quantized("llama_fp8")
+    fp8_cache(source)
+    made, wanted = run(Trtllm(), source), mine("llama_fp8", "unified_kv")
+    tensors = {k: v for file in reference.described(made.path).values() for k, v in file.items()}
+    assert tensors == wanted["tensors"]["model.safetensors"]
+    config = json.loads((made.path / "config.json").read_text())
+    assert config["quantization_config"] == wanted["quantization_config"]
+    assert json.loads((made.path / "hf_quant_config.json").read_text()) == wanted["hf_quant_config"]
+    read_back(made, source)
+    scales = [reference.KV_SCALE / 2] * 2
+    CacheForm(number="fp8", key=scales, value=scales).save(source.path)
+    with pytest.raises(GateError, match=r"k_scale' is 0.03125, the cache .* 0.015625"):
+        read_back(made, source)
+
+
+def test_a_cache_in_int8_is_refused(run, quantized):
+    source = quantized("llama_int8")
+    fp8_cache(source, "int8")
+    with pytest.raises(InputError, match=r"cache in fp8, none in int8; set cache.number=fp8"):
+        run(Trtllm(), source)
+
+
 def test_the_record_is_what_the_installed_modelopt_writes():
     """Takes a minute; set OPTPIPE_MODELOPT=1, after an update of nvidia-modelopt for instance."""
     if os.environ.get("OPTPIPE_MODELOPT") != "1":
@@ -78,7 +106,7 @@ def test_the_record_is_what_the_installed_modelopt_writes():
 
 def test_without_quantization_it_is_a_plain_folder(run, half):
     made = run(Trtllm(dtype="bfloat16"), half())
-    assert made.stats == {"dtype": "bfloat16", "quant_algo": None}
+    assert made.stats == {"dtype": "bfloat16", "quant_algo": None, "kv_cache_quant_algo": None}
     assert not (made.path / "hf_quant_config.json").exists()
     assert "quantization_config" not in json.loads((made.path / "config.json").read_text())
     assert read_back(made, type(made)(path=half(), format="hf", key="k")) == {

@@ -16,6 +16,7 @@ from optpipe.errors import GateError, InputError
 from optpipe.export.ranks import join, shares
 from optpipe.export.readback import read_back
 from optpipe.export.trtllm_legacy import TrtllmLegacy
+from optpipe.kvcache import CacheForm
 from optpipe.linear import PER_CHANNEL, PER_TENSOR, Form, Quantized, to_fp8
 from optpipe.prune.magnitude import Magnitude
 from optpipe.quant.rtn import Rtn
@@ -166,3 +167,10 @@ def test_two_four_sparsity_is_built_for(run, half):
     text = (made.path / "build.sh").read_text()
     assert "--weight_sparsity" in text and os.access(made.path / "build.sh", os.X_OK)
     assert "--weight_sparsity" not in (run(TrtllmLegacy(), half()).path / "build.sh").read_text()
+
+
+def test_a_rounded_cache_is_refused(run, half):
+    source = run(Rtn(bits=8, group_size=-1), half())
+    CacheForm(number="fp8", key=[1.0] * 3, value=[1.0] * 3).save(source.path)
+    with pytest.raises(InputError, match="no scales of a KV cache"):
+        run(TrtllmLegacy(), source)

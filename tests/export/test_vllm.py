@@ -13,6 +13,7 @@ from optpipe.checkpoint import Checkpoint
 from optpipe.errors import GateError, InputError
 from optpipe.export.readback import read_back
 from optpipe.export.vllm import Vllm, quantization, scheme
+from optpipe.kvcache import CacheForm
 from optpipe.linear import PER_CHANNEL, PER_TENSOR, Form
 from optpipe.lowrank.svd import Svd
 from optpipe.prune.magnitude import Magnitude
@@ -176,6 +177,39 @@ def test_eight_bits_with_rounded_inputs(number, group_size, inputs, run, half, e
     name = "model.layers.0.mlp.up_proj"
     assert stored.types[f"{name}.weight"] == {"int": "I8", "fp8": "F8_E4M3"}[number]
     assert (f"{name}.input_scale" in stored.types) == (inputs is not None and "tensor" in inputs)
+
+
+@pytest.mark.parametrize("quantize", [True, False])
+def test_a_cache_in_fp8(quantize, run, half):
+    """The library takes the scales, but 0.17 rounds nothing with transformers 5.24, which calls the
+    argument it looks for by another name."""
+    pytest.importorskip("compressed_tensors")
+    stage = Rtn(bits=4, group_size=32) if quantize else Magnitude(sparsity=0.1)
+    source = run(stage, half("llama"))
+    exact = logits(model.load(Checkpoint(source.path)))
+    scales = [0.03125, 0.0625, 0.015625]
+    CacheForm(number="fp8", key=scales, value=scales[::-1]).save(source.path)
+    made = run(Vllm(), source)
+    read_back(made, source)
+    stored = Checkpoint(made.path)
+    assert stored.get("model.layers.1.self_attn.k_scale").item() == 0.0625
+    assert stored.get("model.layers.2.self_attn.v_scale").item() == 0.03125
+    settings = json.loads((made.path / "config.json").read_text())["quantization_config"]
+    assert settings["kv_cache_scheme"]["type"] == "float"
+    rounded = logits(model.load(Checkpoint(source.path)))
+    if quantize:
+        assert (rounded - exact).abs().max() > 1e-3 * exact.std()
+        theirs = AutoModelForCausalLM.from_pretrained(made.path, dtype=torch.float32)
+        found = [block.self_attn.k_scale.item() for block in theirs.model.layers]
+        assert found == scales
+        assert (logits(theirs) - exact).abs().max() < 1e-4 * exact.std()
+
+
+def test_a_cache_in_int8_is_refused(run, half):
+    source = run(Rtn(bits=4, group_size=32), half())
+    CacheForm(number="int8", key=[0.1] * 3, value=[0.1] * 3).save(source.path)
+    with pytest.raises(InputError, match="none in int8"):
+        run(Vllm(), source)
 
 
 def test_eight_bit_forms_that_do_not_exist_are_refused():
