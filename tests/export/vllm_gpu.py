@@ -1,9 +1,10 @@
 """Our checkpoints in vLLM on a GPU: do they load, answer as our torch model does, how fast.
 
-    PYTHONPATH=. python tests/export/vllm_gpu.py FOLDER [demo llama_1b]
+    PYTHONPATH=. python tests/export/vllm_gpu.py FOLDER demo|llama_1b [KIND ...]
 
-makes checkpoints in FOLDER and opens each in a process of its own. The demo model's greedy tokens
-are compared with those of the torch backend on the same artifact, in float16.
+makes checkpoints of one shape in FOLDER and opens each in a process of its own. The demo model's
+greedy tokens are compared with those of the torch backend on the same artifact, in float16. KIND is
+the beginning of some of the names in KINDS; without, all of them.
 """
 
 import json
@@ -31,6 +32,7 @@ from optpipe.quant.rtn import Rtn
 from optpipe.source import Demo, Random
 
 PROMPTS, PROMPT, NEW = 8, 64, 32
+MARK = "FOUND "
 EIGHT = {"bits": 8, "group_size": -1}
 STATIC = {"bits": 8, "number": "fp8", "group_size": 0, "inputs": "fp8_tensor"}
 KINDS = {
@@ -128,7 +130,7 @@ def child(folder, name):
             "tpot_1": timed(backend, 128, 1, 64)[1],
             "tpot_8": timed(backend, 128, 8, 64)[1],
         }
-    print(json.dumps(found))
+    print(f"{MARK}{json.dumps(found)}", flush=True)
 
 
 def opened(made):
@@ -138,7 +140,7 @@ def opened(made):
         lines = [line for line in done.stderr.splitlines() if "Error" in line] or ["died"]
         made.path.with_suffix(".log").write_text(done.stdout + done.stderr)
         return lines[-1][-160:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(next(x for x in done.stdout.splitlines() if x.startswith(MARK))[len(MARK) :])
 
 
 def agreement(ours, theirs):
@@ -148,36 +150,36 @@ def agreement(ours, theirs):
     return f"{same.all(1).mean():.0%} of rows, prefix {prefix.mean():.1f} of {NEW}"
 
 
-def main(out, shapes):
+def main(out, shape, kinds):
     print(torch.cuda.get_device_name(), flush=True)
     print("| shape | checkpoint | TTFT 128 ms | TTFT long | TPOT b1 ms | TPOT b8 | as torch |")
     print("|---|---|---|---|---|---|---|", flush=True)
-    for shape in shapes:
-        given = Demo() if shape == "demo" else Random(config=shape)
-        source = given.prepare(out)
-        scales = input_scales(source.path, given.checkpoint.decoder.vocab)
-        for name, (form, exporter) in KINDS.items():
-            own = out / shape / name.replace(" ", "_")
-            compressed = quantized(form, source, own / "hf", scales)
-            made = stage(exporter(), compressed, own / "checkpoint")
+    given = Demo() if shape == "demo" else Random(config=shape)
+    source = given.prepare(out)
+    scales = input_scales(source.path, given.checkpoint.decoder.vocab)
+    for name, (form, exporter) in KINDS.items():
+        if kinds and not name.startswith(kinds):
+            continue
+        own = out / shape / name.replace(" ", "_")
+        compressed = quantized(form, source, own / "hf", scales)
+        made = stage(exporter(), compressed, own / "checkpoint")
+        if shape == "demo":
             read_back(made, compressed)
-            found = opened(made)
-            if isinstance(found, str):
-                print(f"| {shape} | {name} | {found} |", flush=True)
-                continue
-            equal = "-"
-            if shape == "demo":
-                with Torch(compressed, 1, "float16") as torch_side:
-                    equal = agreement(
-                        greedy(torch_side, prompts(torch_side.vocab)), found["tokens"]
-                    )
-            times = (found[key] for key in ("ttft_128", "ttft_long", "tpot_1", "tpot_8"))
-            row = " | ".join(f"{t:.2f}" for t in times)
-            print(f"| {shape} | {name} | {row} | {equal} |", flush=True)
+        found = opened(made)
+        if isinstance(found, str):
+            print(f"| {shape} | {name} | {found} |", flush=True)
+            continue
+        equal = "-"
+        if shape == "demo":
+            with Torch(compressed, 1, "float16") as torch_side:
+                equal = agreement(greedy(torch_side, prompts(torch_side.vocab)), found["tokens"])
+        times = (found[key] for key in ("ttft_128", "ttft_long", "tpot_1", "tpot_8"))
+        row = " | ".join(f"{t:.2f}" for t in times)
+        print(f"| {shape} | {name} | {row} | {equal} |", flush=True)
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "--child":
         child(*sys.argv[2:])
     else:
-        main(Path(sys.argv[1]), sys.argv[2:] or ["demo", "llama_1b"])
+        main(Path(sys.argv[1]), sys.argv[2], tuple(sys.argv[3:]))
