@@ -114,10 +114,22 @@ def _twins(
 def verify_plan(artifact: Artifact, reference: Artifact, planned: Layers | None) -> Stats:
     """The graph that was built, on ONNX Runtime; the plan itself where there is a GPU for it."""
     check_files(artifact.path)
-    found = verify(replace(artifact, format="onnx"), reference, planned)
+    graph = replace(artifact, format="onnx")
+    found = verify(graph, reference, planned)
+    check_full(graph)
     if backend_class(artifact.format).missing(artifact) is None:
         found["parity_plan"] = asdict(parity(artifact, reference))
     return found
+
+
+def check_full(artifact: Artifact) -> None:
+    """Raise GateError unless one token more than the cache holds is refused."""
+    with open_backend(artifact, usable_cores()) as engine:
+        try:
+            engine.score(np.zeros((1, engine.capacity + 1), np.int64))
+        except ValueError:
+            return
+    raise GateError(f"'{artifact.name}' takes more than the {engine.capacity} tokens it holds")
 
 
 def verify_checkpoint(artifact: Artifact, parent: Artifact, planned: Layers | None) -> Stats:

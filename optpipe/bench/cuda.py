@@ -15,6 +15,7 @@ class Cuda:
     def __init__(self) -> None:
         self.name = torch.cuda.get_device_name()
         self.stream = torch.cuda.Stream()
+        self._outside = 0
         self._steps: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = []
 
     @property
@@ -37,6 +38,24 @@ class Cuda:
     def wait(self) -> None:
         """Until the stream has done all that it was given."""
         self.stream.synchronize()
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """What is taken inside, past torch, counts as memory of this process from now on.
+
+        Workers load one after another, so that nobody else takes memory meanwhile.
+        """
+        free, reserved = torch.cuda.mem_get_info()[0], torch.cuda.memory_reserved()
+        yield
+        taken = free - torch.cuda.mem_get_info()[0] - (torch.cuda.memory_reserved() - reserved)
+        self._outside += max(0, taken)
+
+    def reset_peak(self) -> None:
+        torch.cuda.reset_peak_memory_stats()
+
+    def peak_bytes(self) -> int:
+        """Peak of torch's memory, and all that was counted."""
+        return torch.cuda.max_memory_allocated() + self._outside
 
     @contextmanager
     def timed(self, more: bool = False) -> Iterator[None]:

@@ -15,7 +15,7 @@ import psutil
 from optpipe.bench import nvml
 
 PACKAGES = ("optpipe", "torch", "transformers", "onnx", "onnxruntime", "onnxruntime-gpu", "numpy",
-            "tokenizers", "hydra-core", "nvidia-modelopt")  # fmt: skip
+            "tokenizers", "hydra-core", "nvidia-modelopt", "tensorrt", "tensorrt-rtx")  # fmt: skip
 STATUS = Path("/proc/self/status")
 CGROUP = Path("/sys/fs/cgroup")
 FREQUENCY = Path("/sys/devices/system/cpu/cpu0/cpufreq")

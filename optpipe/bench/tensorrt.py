@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,8 @@ class TensorRT(Backend):
         self._rtx = settings["package"] != FULL
         self._logger = listener(trt)
         runtime = trt.Runtime(self._logger)
-        engine = runtime.deserialize_cuda_engine((artifact.path / PLAN).read_bytes())
+        with self._gpu.counted():
+            engine = runtime.deserialize_cuda_engine((artifact.path / PLAN).read_bytes())
         if engine is None:
             raise RuntimeError(f"TensorRT cannot load the plan: {self._logger.said()}")
         self.capacity, self.device = settings["capacity"], self._gpu.name
@@ -97,7 +99,7 @@ class TensorRT(Backend):
         if name == FULL:
             built = settings["target"]
             return None if gpu == built else f"the plan is for {built}, the GPU here is {gpu}"
-        return _invalid(trt, (artifact.path / PLAN).read_bytes(), gpu)
+        return _invalid(trt, artifact.path / PLAN, gpu)
 
     def prefill(self, ids_BS: Ids, lengths_B: Ids) -> Logits:
         self._reset(len(ids_BS))
@@ -138,12 +140,10 @@ class TensorRT(Backend):
         return (artifact.path / PLAN).stat().st_size  # of the host, while it is read
 
     def reset_peak(self) -> None:
-        torch.cuda.reset_peak_memory_stats()
+        self._gpu.reset_peak()
 
     def peak_bytes(self) -> int:
-        """All memory of the GPU that is taken: TensorRT allocates past torch."""
-        free, total = torch.cuda.mem_get_info()
-        return int(total - free)
+        return self._gpu.peak_bytes()
 
     def device_s(self) -> tuple[float, ...] | None:
         return self._gpu.device_s()
@@ -175,10 +175,11 @@ class TensorRT(Backend):
         runtime_config.set_execution_context_allocation_strategy(strategy)
         if self._rtx and profile == DECODE:
             runtime_config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-        context = engine.create_execution_context(runtime_config)
-        if not context.set_optimization_profile_async(profile, self._gpu.handle):
-            raise RuntimeError(f"TensorRT refuses profile {profile}: {self._logger.said()}")
-        self._gpu.wait()
+        with self._gpu.counted():
+            context = engine.create_execution_context(runtime_config)
+            if not context.set_optimization_profile_async(profile, self._gpu.handle):
+                raise RuntimeError(f"TensorRT refuses profile {profile}: {self._logger.said()}")
+            self._gpu.wait()
         for name in self._caches:
             address = self._cache[name].data_ptr()
             for bound in (name, name.replace(PAST, PRESENT)):
@@ -269,10 +270,12 @@ class TensorRT(Backend):
             return logits_BLV.cpu().float().numpy()
 
 
-def _invalid(trt: Any, plan: bytes, gpu: str) -> str | None:
+def _invalid(trt: Any, plan: Path, gpu: str) -> str | None:
     """Why TensorRT for RTX cannot run the plan on this GPU, if it cannot."""
     runtime = trt.Runtime(listener(trt))
-    validity, diagnostics = runtime.get_engine_validity(plan)
+    with plan.open("rb") as file:  # the header tells, the rest may be gigabytes
+        header = file.read(runtime.engine_header_size)
+    validity, diagnostics = runtime.get_engine_validity(header)
     if validity != trt.EngineValidity.INVALID:
         return None
     reasons = [

@@ -174,3 +174,5 @@ def test_a_stream_of_the_gpu_replays_what_it_captured():
         replay()
     assert len(seconds := gpu.device_s()) == 3 and all(0 < s < 1 for s in seconds)
     assert float(x.sum()) == 4000 and gpu.device_s() == ()
+    gpu.reset_peak()
+    assert 4000 <= gpu.peak_bytes() < torch.cuda.get_device_properties(0).total_memory

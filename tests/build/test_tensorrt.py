@@ -14,8 +14,10 @@ from omegaconf import OmegaConf
 
 from optpipe import model
 from optpipe.artifact import Artifact
-from optpipe.bench.backend import backend_class
+from optpipe.bench.backend import backend_class, open_backend
+from optpipe.bench.ort import Ort
 from optpipe.build import nvidia, plan, tensorrt
+from optpipe.build.generate import Engine
 from optpipe.build.nvidia import Package
 from optpipe.build.tensorrt import TensorRT, about, check_files
 from optpipe.calibrate import Calib
@@ -29,7 +31,8 @@ from optpipe.prune.magnitude import Magnitude
 from optpipe.quant.fp8 import Fp8
 from optpipe.quant.int8 import Int8
 from optpipe.quant.rtn import Rtn
-from optpipe.verify import verify
+from optpipe.residual.qera import Qera
+from optpipe.verify import check_full, verify
 
 FULL = Package(name="tensorrt", version="11.4.0", gpu="sm90")
 RTX = Package(name="tensorrt_rtx", version="1.7.1", gpu=None)
@@ -197,6 +200,48 @@ FORMATS = {
 @pytest.fixture
 def rtx():
     return pytest.importorskip("tensorrt_rtx")
+
+
+@pytest.mark.parametrize("form, tolerance", [("int4 g32", 5e-3), ("int8 W8A8", 5e-2)])
+def test_the_graph_that_was_built_is_right_at_every_depth(form, tolerance, graph, run, tiny, rtx):
+    """The very bytes, by hash: prompts of different lengths, a chunk, decoding until it is full.
+
+    An input that float16 moves past the middle of two int8 codes changes more than float16 does.
+    """
+    source = run(FORMATS[form], tiny("qwen3"))
+    made = run(TensorRT(), graph(source, capacity=48))
+    check_files(made.path)
+    ids = np.random.default_rng(0).integers(3, 288, (2, 49))
+    lengths = np.array([9, 4])
+    torch_side, ours = open_backend(source), Engine(made.path, 1)
+    calls = [lambda b: b.prefill(ids[:, :9], lengths), lambda b: b.extend(ids[:, 9:20])]
+    calls += [lambda b, t=t: b.decode(ids[:, t]) for t in range(20, 48)]
+    for call in calls:
+        got, expected = call(ours), call(torch_side)
+        assert np.sqrt(np.mean((got - expected) ** 2)) < tolerance * expected.std()
+    with pytest.raises(ValueError, match="49 tokens exceed the engine's capacity of 48"):
+        ours.decode(ids[:, 48])
+
+
+def test_an_engine_that_takes_more_than_it_holds_is_refused(no_package, graph, run, monkeypatch):
+    made = replace(run(TensorRT(), graph()), format="onnx")
+    check_full(made)
+    monkeypatch.setattr(Ort, "score", lambda self, ids: ids)
+    with pytest.raises(GateError, match="takes more than the 64 tokens it holds"):
+        check_full(made)
+
+
+def test_a_plan_of_a_corrected_layer(graph, run, tiny, rtx):
+    """Codes and a low-rank residual beside them."""
+    layers = [name for name in model.layers(Checkpoint(tiny())) if name.endswith("up_proj")]
+    quantized = run(Rtn(bits=4, group_size=32, targets=layers), tiny())
+    stage = Qera(rank=8, targets=layers, calib=CALIB)
+    planned = stage.plan(model.layers(Checkpoint(quantized.path)))
+    assert TensorRT().plan(planned) == planned
+    out = quantized.path.with_name("corrected")
+    out.mkdir()
+    stage.run_with(quantized, Artifact(path=tiny(), format="hf", key="k"), out, lambda *_: None)
+    assert_whole(run(TensorRT(), graph(out)), rtx)
 
 
 @pytest.mark.parametrize("form", FORMATS)

@@ -26,7 +26,7 @@ PARAMETERS = {"module": "module", "network_tensor": "ITensor", "error": "ParserE
 """Names of ours whose type the source does not tell, or whose maker is documented in C++."""
 ONLY_RTX = {"ComputeCapability", "CudaGraphStrategy", "EngineValidity",
             "EngineInvalidityDiagnostics", "num_compute_capabilities", "set_compute_capability",
-            "cuda_graph_strategy", "get_engine_validity"}  # fmt: skip
+            "cuda_graph_strategy", "get_engine_validity", "engine_header_size"}  # fmt: skip
 """What is called for TensorRT for RTX alone."""
 
 
