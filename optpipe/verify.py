@@ -32,9 +32,11 @@ from optpipe.linear import Layers, mask_of, weight_of
 from optpipe.plan import departure
 from optpipe.prune.mask import ROW, follows
 
-TOLERANCES = {"float32": 2e-4, "float16": 5e-3, "int8": 5e-2, "rounded": 0.5}
+TOLERANCES = {"float32": 2e-4, "float16": 1e-2, "int8": 5e-2, "rounded": 0.5}
 """Largest accepted error of the logits at any position, relative to their spread there: the root
-mean square of the differences over the standard deviation of the reference. 'int8', for engines
+mean square of the differences over the standard deviation of the reference. In 'float16' a weight
+that is a code times a scale is rounded once more: the worst position of the demo model was off by
+2.7e-3, in int4 by 5.1e-3, in fp8 by 6.2e-3. 'int8', for engines
 that round activations to 8 bits before each product, bounds the mean over the positions instead: a
 trained model has outliers among its activations, so that a typical position is off by 2 %, one in
 fifty by 20 %, while held-out perplexity is the same to 0.1 %. 'rounded', for layers that round

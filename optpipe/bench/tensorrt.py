@@ -270,10 +270,10 @@ class TensorRT(Backend):
             return logits_BLV.cpu().float().numpy()
 
 
-def _invalid(trt: Any, plan: Path, gpu: str) -> str | None:
+def _invalid(trt: Any, plan_file: Path, gpu: str) -> str | None:
     """Why TensorRT for RTX cannot run the plan on this GPU, if it cannot."""
     runtime = trt.Runtime(listener(trt))
-    with plan.open("rb") as file:  # the header tells, the rest may be gigabytes
+    with plan_file.open("rb") as file:  # the header tells, the rest may be gigabytes
         header = file.read(runtime.engine_header_size)
     validity, diagnostics = runtime.get_engine_validity(header)
     if validity != trt.EngineValidity.INVALID:
