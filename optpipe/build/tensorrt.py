@@ -95,6 +95,8 @@ class TensorRT(Stage):
         return graph_bits(layers, rest, 32) + KERNEL_BITS  # the ONNX file is linked, not copied
 
     def run(self, source: Artifact, out: Path, progress: Progress) -> Stats:
+        if Checkpoint(source.path).cache is not None:
+            raise InputError("TensorRT writes to caches of floats only: leave stage 'cache' out")
         _link(source.path, out)
         copy_side_files(source.path, out)
         properties = {p.key: p.value for p in read(out).metadata_props}

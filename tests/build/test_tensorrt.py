@@ -30,11 +30,13 @@ from optpipe.lowrank.svd import Svd
 from optpipe.prune.magnitude import Magnitude
 from optpipe.quant.fp8 import Fp8
 from optpipe.quant.int8 import Int8
+from optpipe.quant.kvcache import KvCache
 from optpipe.quant.rtn import Rtn
 from optpipe.residual.qera import Qera
 from optpipe.verify import check_full, verify
 
 FULL = Package(name="tensorrt", version="11.4.0", gpu="sm90")
+CALIB = Calib(source="random", samples=4, tokens=32)
 RTX = Package(name="tensorrt_rtx", version="1.7.1", gpu=None)
 
 
@@ -180,8 +182,12 @@ def test_a_prompt_beyond_the_cache_is_refused(graph, tiny, run):
         run(TensorRT(max_prompt=65), graph())
 
 
+def test_a_quantized_cache_is_refused(graph, run, tiny):
+    with pytest.raises(InputError, match="caches of floats only"):
+        run(TensorRT(), graph(run(KvCache(calib=CALIB), tiny())))
+
+
 FAMILIES = ("llama", "qwen3", "phi3", "gemma2", "gpt2")
-CALIB = Calib(source="random", samples=4, tokens=32)
 FORMATS = {
     "int4 g32": Rtn(bits=4, group_size=32),
     "int4 channel": Rtn(bits=4, group_size=-1),
