@@ -104,6 +104,13 @@ def inspect(trt: Any, plan: bytes) -> str | None:
     return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
 
+def malformed(trt: Any, plan: bytes) -> bool:
+    """Whether these bytes are no plan to TensorRT for RTX, which needs no GPU to tell."""
+    runtime = trt.Runtime(listener(trt))
+    _, diagnostics = runtime.get_engine_validity(plan)
+    return bool(diagnostics & int(trt.EngineInvalidityDiagnostics.MALFORMED_ENGINE))
+
+
 def shapes(graph: GraphProto, sizes: dict[str, Range]) -> Shapes:
     """The shapes of all inputs that vary, from the ranges of their symbols."""
     found: Shapes = {}

@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -170,10 +171,18 @@ def about(folder: Path) -> dict[str, Any]:
 
 
 def check_files(folder: Path) -> None:
-    """Raise GateError unless every file is what it was when the engine was made."""
-    for name, expected in about(folder)["sha256"].items():
+    """Raise GateError unless every file is what it was when the engine was made, and a plan one.
+
+    Only TensorRT for RTX tells a plan from other bytes without loading it.
+    """
+    told = about(folder)
+    for name, expected in told["sha256"].items():
         if not (folder / name).is_file() or _sha256(folder / name) != expected:
             raise GateError(f"'{folder / name}' is not the file that the engine was made with")
+    if told["plan"] is None or told["package"] != nvidia.RTX:
+        return
+    if plans.malformed(import_module(nvidia.RTX), (folder / PLAN).read_bytes()):
+        raise GateError(f"'{folder / PLAN}' is not a plan that {nvidia.RTX} recognizes")
 
 
 def _sha256(file: Path) -> str:

@@ -3,6 +3,7 @@
 Plans are built for real where tensorrt_rtx is installed, which needs no GPU; none is executed.
 """
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from optpipe import model
@@ -154,6 +157,16 @@ def test_ranges_are_those_of_the_two_phases():
     assert plan.ranges(1, 4096, 128)["prefill"]["L"] == (1, 1, plan.LOGITS)
 
 
+@given(st.integers(1, 64), st.integers(1, 8192), st.integers(1, 8192))
+def test_ranges_never_decrease(max_batch, max_prompt, typical_prompt):
+    """A prompt that prefill is tuned for fits; both profiles take as many rows."""
+    found = plan.ranges(max_batch, max_prompt, typical_prompt)
+    for sizes in found.values():
+        assert all(1 <= least <= typical <= most for least, typical, most in sizes.values())
+        assert sizes["B"][2] == max_batch and sizes["L"][2] <= sizes["S"][2]
+    assert found["prefill"]["S"][2] == max_prompt
+
+
 def test_every_size_that_varies_has_a_range_and_the_cache_keeps_its_capacity(graph):
     model = onnx.load(graph().path / "model.onnx", load_external_data=False).graph
     found = plan.shapes(model, plan.ranges(8, 64, 16)["prefill"])
@@ -281,10 +294,7 @@ def weights(folder):
 def assert_whole(made, rtx):
     """A plan that TensorRT recognizes, and a sidecar that says all of it."""
     blob, told = (made.path / tensorrt.PLAN).read_bytes(), about(made.path)
-    runtime = rtx.Runtime(plan.listener(rtx))
-    malformed = int(rtx.EngineInvalidityDiagnostics.MALFORMED_ENGINE)
-    assert not runtime.get_engine_validity(blob)[1] & malformed
-    assert runtime.get_engine_validity(blob[4:])[1] & malformed
+    assert not plan.malformed(rtx, blob) and plan.malformed(rtx, blob[4:])
     assert told["package"] == "tensorrt_rtx" and told["version"] == rtx.__version__
     assert set(told["sha256"]) == {f.name for f in made.path.iterdir()} - {tensorrt.SIDECAR}
     graph = onnx.load(made.path / "model.onnx", load_external_data=False).graph
@@ -364,6 +374,16 @@ def test_files_that_changed_are_not_verified(name, graph, run, rtx):
     (made.path / name).unlink()  # the data is the exporter's, too
     (made.path / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(GateError, match=f"{name}' is not the file"):
+        check_files(made.path)
+
+
+def test_bytes_that_are_no_plan_are_refused(graph, run, rtx):
+    made = run(TensorRT(), graph())
+    told, junk = about(made.path), b"x" * 4096
+    (made.path / tensorrt.PLAN).write_bytes(junk)
+    told["sha256"][tensorrt.PLAN] = hashlib.sha256(junk).hexdigest()
+    (made.path / tensorrt.SIDECAR).write_text(json.dumps(told))
+    with pytest.raises(GateError, match=r"engine.plan' is not a plan that tensorrt_rtx"):
         check_files(made.path)
 
 

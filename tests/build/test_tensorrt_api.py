@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import optpipe
+from optpipe.bench.tensorrt import DTYPES
 from optpipe.build import nvidia
 
 HERE, PACKAGE = Path(__file__).parent, Path(optpipe.__file__).parent
@@ -194,9 +195,9 @@ def test_what_is_for_rtx_alone_is_not_elsewhere(name):
 def test_flags_and_overridden_methods_exist(version):
     """Looked up by a name that is made, or called by TensorRT: the source does not show them."""
     classes = API[version]["classes"]
-    assert {flag.upper() for flag in (*nvidia.FLAGS, "sparse_weights")} <= classes[
-        "BuilderFlag"
-    ].keys()
+    flags = {flag.upper() for flag in (*nvidia.FLAGS, "sparse_weights")}
+    assert flags <= classes["BuilderFlag"].keys()
+    assert {name.upper() for name in DTYPES} <= classes["DataType"].keys()
     for name, method, arguments in (
         ("ILogger", "log", 2),
         ("IProgressMonitor", "phase_start", 3),
