@@ -23,7 +23,8 @@ class Cuda:
         return int(self.stream.cuda_stream)
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.zeros(shape, dtype=dtype, device="cuda")
+        with self.work():  # on another stream, nothing would keep it from coming later
+            return torch.zeros(shape, dtype=dtype, device="cuda")
 
     def staging(self, shape: tuple[int, ...]) -> Tensor:
         """Page-locked int64 on the host, which copies without waiting."""

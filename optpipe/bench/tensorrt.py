@@ -27,6 +27,7 @@ from optpipe.bench.cuda import Cuda
 from optpipe.build.nvidia import FULL, gpu_target
 from optpipe.build.plan import LOGITS, listener
 from optpipe.build.tensorrt import PLAN, about
+from optpipe.export.graph import DATA
 
 DTYPES = {"float": torch.float32, "half": torch.float16, "bf16": torch.bfloat16}
 PAST, PRESENT = "past_key_values", "present"
@@ -69,7 +70,7 @@ class TensorRT(Backend):
         logits = self._tensors["logits"]
         self.vocab, self._dtype = logits["shape"][-1], DTYPES[logits["dtype"]]
         self.dtype = str(self._dtype).removeprefix("torch.")
-        self.weight_bytes = (artifact.path / PLAN).stat().st_size
+        self.weight_bytes = (artifact.path / DATA).stat().st_size  # a plan has kernels, too
         self._caches = [name for name in self._tensors if name.startswith(PAST)]
         self._cache = {
             name: self._gpu.zeros(self._full(name), self._dtype) for name in self._caches
@@ -203,8 +204,8 @@ class TensorRT(Backend):
                 name: torch.from_numpy(np.ascontiguousarray(values[name])).to(self._step.device)
                 for name in self._numbers
             }
-            shape = (rows, logits_at_BL.shape[1], self.vocab)
-            logits_BLV = self._gpu.zeros(shape, self._dtype)
+        shape = (rows, logits_at_BL.shape[1], self.vocab)
+        logits_BLV = self._gpu.zeros(shape, self._dtype)
         self._bind(self._prefill, rows, inputs, logits_BLV)
         with self._gpu.timed(more):
             self._enqueue(self._prefill)
@@ -237,8 +238,7 @@ class TensorRT(Backend):
             name: self._step[row, :rows].view(rows, *([1] if name != "write_indices" else []))
             for row, name in enumerate(self._numbers)
         }
-        with self._gpu.work():
-            logits_B1V = self._gpu.zeros((rows, 1, self.vocab), self._dtype)
+        logits_B1V = self._gpu.zeros((rows, 1, self.vocab), self._dtype)
         context = self._context(DECODE)
         self._bind(context, rows, inputs, logits_B1V)
         self._enqueue(context)  # TensorRT settles its state for new shapes outside of a capture

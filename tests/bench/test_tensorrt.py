@@ -160,11 +160,10 @@ def test_a_stream_of_the_gpu_replays_what_it_captured():
     from optpipe.bench.cuda import Cuda
 
     gpu = Cuda()
-    with gpu.work():
-        x = gpu.zeros((1000,), torch.float32)
+    x = gpu.zeros((1000,), torch.float32)
 
-        def add():
-            x.add_(1)
+    def add():
+        x.add_(1)
 
     replay = gpu.capture(add)
     for _ in range(3):
