@@ -5,6 +5,7 @@ Plans are built for real where tensorrt_rtx is installed, which needs no GPU; no
 
 import hashlib
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -366,30 +367,45 @@ def test_targets_are_those_of_the_package(target, message, rtx, tiny, monkeypatc
         stage.inputs(Checkpoint(tiny()))
 
 
+@pytest.fixture(scope="module")
+def built(tiny, tmp_path_factory):
+    """An engine of float16 weights, made once."""
+    pytest.importorskip("tensorrt_rtx")
+    graph, engine = (tmp_path_factory.mktemp(name) for name in ("graph", "engine"))
+    source = Artifact(path=tiny(), format="hf", key="k")
+    stats = Onnx(dtype="float16", capacity=64).run(source, graph, lambda *_: None)
+    source = Artifact(path=graph, format="onnx", key="k", stats=stats)
+    TensorRT().run(source, engine, lambda *_: None)
+    return engine
+
+
+@pytest.fixture
+def engine(built, tmp_path):
+    """A copy of it to spoil."""
+    shutil.copytree(built, tmp_path / "copy")
+    return Artifact(path=tmp_path / "copy", format="tensorrt", key="k")
+
+
 @pytest.mark.parametrize("name", ["engine.plan", "model.onnx.data", "config.json"])
-def test_files_that_changed_are_not_verified(name, graph, run, rtx):
-    made = run(TensorRT(), graph())
-    check_files(made.path)
-    content = (made.path / name).read_bytes()
-    (made.path / name).unlink()  # the data is the exporter's, too
-    (made.path / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+def test_files_that_changed_are_not_verified(name, engine):
+    check_files(engine.path)
+    content = (engine.path / name).read_bytes()
+    (engine.path / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(GateError, match=f"{name}' is not the file"):
-        check_files(made.path)
+        check_files(engine.path)
 
 
-def test_bytes_that_are_no_plan_are_refused(graph, run, rtx):
-    made = run(TensorRT(), graph())
-    told, junk = about(made.path), b"x" * 4096
-    (made.path / tensorrt.PLAN).write_bytes(junk)
+def test_bytes_that_are_no_plan_are_refused(engine):
+    told, junk = about(engine.path), b"x" * 4096
+    (engine.path / tensorrt.PLAN).write_bytes(junk)
     told["sha256"][tensorrt.PLAN] = hashlib.sha256(junk).hexdigest()
-    (made.path / tensorrt.SIDECAR).write_text(json.dumps(told))
+    (engine.path / tensorrt.SIDECAR).write_text(json.dumps(told))
     with pytest.raises(GateError, match=r"engine.plan' is not a plan that tensorrt_rtx"):
-        check_files(made.path)
+        check_files(engine.path)
 
 
-def test_a_plan_is_not_loaded_where_it_cannot_run(graph, run, rtx, monkeypatch):
-    made = run(TensorRT(), graph())
-    missing = backend_class("tensorrt").missing
+def test_a_plan_is_not_loaded_where_it_cannot_run(engine, monkeypatch):
+    made, missing = engine, backend_class("tensorrt").missing
     where = "optpipe.bench.tensorrt"
     monkeypatch.setattr(f"{where}.gpu_target", lambda: None)
     assert missing(made) == "there is no NVIDIA GPU here; the plan is for " + nvidia.PORTABLE
