@@ -5,14 +5,22 @@
 needs torch with CUDA and Triton, and a GPU that nobody else is using.
 """
 
+import json
+import os
 import statistics
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from optpipe.bench.bottlenecks import ceilings, roofline
+from optpipe.artifact import Artifact
+from optpipe.bench.bottlenecks import ceilings, profile, roofline
 from optpipe.bench.bottlenecks.cost import Model, Product
 from optpipe.bench.bottlenecks.roofline import Step
+from optpipe.bench.scenario import Cell
+from optpipe.bench.worker import Arm, Iterate
 
 pytestmark = pytest.mark.gpu
 ROWS, COLS = 16384, 32768  # 1 GiB in bfloat16: no cache of any GPU holds it
@@ -102,3 +110,50 @@ def test_a_copy_of_two_gigabytes_reaches_the_measured_bandwidth(measured):
     ceiling = measured.bytes_per_s(2.0 * source.nbytes)
     print(f"copy {reached / 1e12:.2f} TB/s, ceiling {ceiling / 1e12:.2f}")
     assert 0.97 * copied <= reached <= 1.05 * ceiling
+
+
+def test_events_leave_out_what_lies_between_steps_and_a_queued_step_what_lies_within(tiny):
+    """A model of three tiny blocks: the host takes nearly all of a step, and the class says so."""
+    cell = Cell("single", 1, 64, 32)
+    artifact = Artifact(path=tiny(), format="hf", key="k")
+    arm = Arm(name="a", artifact=artifact, dtype="bfloat16", threads=1)
+    ids_BS = torch.randint(0, 288, (1, 64)).numpy()
+    with profile.open_backend(artifact, 1, "bfloat16") as backend:
+        for _ in range(3):
+            found = Iterate(ids_BS=ids_BS, new_tokens=32)(backend)
+    busy = profile.busy_s(arm, [cell])[cell]
+    assert len(found.device_s) == 32, "one pair of events a step"
+    stamps = found.trace.token_ns
+    wall_s = (stamps[-1] - stamps[0]) / 1e9 / 31
+    event_s = statistics.median(found.device_s[1:])
+    print(f"a step: wall {wall_s * 1e6:.0f} us, events {event_s * 1e6:.0f} us, "
+          f"queued {busy['decode'] * 1e6:.0f} us")  # fmt: skip
+    assert busy["decode"] < event_s < wall_s
+    assert busy["decode"] < 0.5 * wall_s, "launches are most of it"
+
+
+def test_two_identical_arms_agree_within_half_a_percent(tmp_path):
+    """The resolution of a whole run in 20 blocks where the GPU is the bound: 16,384 prompt tokens.
+
+    Where the host is, as in eager decoding of one row, it is that of the host: printed, not held.
+    """
+    root = Path(__file__).resolve().parents[2]
+    command = [
+        sys.executable, "-m", "optpipe", "recipe=baseline", "stages=[]", "model=random",
+        "model.config=llama_1b", "calib=random", "bench.dtypes=[bfloat16]", "bench.blocks=20",
+        "bench.max_blocks=20", "bench.budget_s=240", "bench.quality.windows=2",
+        "scenario=[prefill_only,single]", "scenario.prefill_only.batch=[8]",
+        "scenario.prefill_only.prompt_tokens=[2040]", "hydra.run.dir=out",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(root)},
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = json.loads((tmp_path / "out" / "report.json").read_text())["run"]
+    for cell in run["design"]["resolution"]:
+        for metric in ("ttft_s", "tpot_s"):
+            if cell[metric]["half_width"] is not None:
+                print(f"{cell['scenario']} {metric}: +-{cell[metric]['half_width']:.2%}, "
+                      f"ratio {cell[metric]['ratio']:.4f}")  # fmt: skip
+    print(json.dumps(run["preflight"], indent=1), json.dumps(run["machine"]["gpus"], indent=1))
+    prefill = next(c for c in run["design"]["resolution"] if c["scenario"] == "prefill_only")
+    assert prefill["ttft_s"]["half_width"] <= 0.005
