@@ -163,6 +163,8 @@ def test_a_step_faster_than_physics_has_no_class_and_makes_the_run_invalid(repor
 def test_requests_that_wait_more_than_half_of_their_ttft_are_bound_by_the_queue(report):
     cell = report["artifacts"][0]["cells"][0]
     cell["queue_s"], cell["ttft_s"] = 3.0, 3.0 + cell["prefill_s"]
+    assert attached(report)[0]["class"] != "queue", "one at a time, there is no queue"
+    cell["arrivals"] = "poisson"
     found = attached(report)[0]
     assert found["class"] == "queue"
     names = [remedy["name"] for remedy in found["remedies"]]

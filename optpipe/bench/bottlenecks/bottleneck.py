@@ -119,7 +119,8 @@ class _Book:
         if longest["class"] == roofline.HOST:
             return roofline.HOST, "", []
         queue, ttft = cell["queue_s"], cell["ttft_s"]
-        if queue and ttft and queue > QUEUE_SHARE * ttft:
+        # one request at a time waits for no other: what it waits for is the hand-over to a process
+        if "arrivals" in cell and queue and ttft and queue > QUEUE_SHARE * ttft:
             return QUEUE, "", [advice(r) for r in queue_remedies(ttft, queue)]
         cost = self.costs.get((artifact["name"], cell_of(cell)))
         if cost is not None and cell_of(cell).tokens > cost.capacity:
