@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
+from optpipe.errors import InputError
 from optpipe.linear import round_inputs
 
 if TYPE_CHECKING:
@@ -46,6 +47,15 @@ def load(folder: Path) -> CacheForm | None:
     """The form of the cache of a model or a graph; None if it is not quantized."""
     file = folder / FILE
     return CacheForm(**json.loads(file.read_text())) if file.is_file() else None
+
+
+def check_unrounded(path: Path) -> None:
+    """Raises InputError if the cache is rounded with scales that are those of the values now."""
+    if load(path) is not None:
+        raise InputError(
+            f"the KV cache of '{path}' is rounded with scales of its values as they are; change "
+            "values before the cache stage"
+        )
 
 
 def attention(lm: PreTrainedModel, block: Block) -> nn.Module:

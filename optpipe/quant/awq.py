@@ -23,6 +23,7 @@ from optpipe.checkpoint import Checkpoint
 from optpipe.errors import InputError
 from optpipe.family import Block
 from optpipe.fold import Fold, check_dense, divide, folds, input_part, shared
+from optpipe.kvcache import check_unrounded
 from optpipe.linear import Form, Layers, Quantized
 from optpipe.quant.clip import fit_output
 from optpipe.quant.grid import Grid, WeightOnly, fit
@@ -64,6 +65,7 @@ class Awq(WeightOnly):
         return self.calib.inputs(model)
 
     def observation(self, checkpoint: Checkpoint, wanted: frozenset[str]) -> Observation:
+        check_unrounded(checkpoint.path)
         decoder, exponents = checkpoint.decoder, list[float]()
 
         def react(lm: PreTrainedModel, block: Block, seen: dict[str, Any]) -> None:

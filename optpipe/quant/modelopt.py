@@ -30,6 +30,7 @@ from optpipe.checkpoint import Checkpoint, Writer
 from optpipe.errors import InputError
 from optpipe.family import HEAD
 from optpipe.fold import Fold, check_dense, divide, folds, shared
+from optpipe.kvcache import check_unrounded
 from optpipe.linear import (
     FP8,
     LARGEST,
@@ -142,6 +143,8 @@ class Modelopt(Stage):
     def run(self, source: Artifact, out: Path, progress: Progress) -> Stats:
         checkpoint = Checkpoint(source.path)
         self.inputs(checkpoint)
+        if PRESETS[self.preset].scales_inputs:
+            check_unrounded(checkpoint.path)
         decoder, planned = checkpoint.decoder, self.plan(model.layers(checkpoint))
         lm = model.load(checkpoint)
         found = self.calibrated(lm, checkpoint, progress)

@@ -33,6 +33,7 @@ from optpipe.fold import (
     rotate_outputs,
     values,
 )
+from optpipe.kvcache import check_unrounded
 from optpipe.linear import Layers, dense
 from optpipe.stage import Progress, Stage
 from optpipe.transform.orthogonal import KINDS, keeping_mean, orthogonal
@@ -100,6 +101,8 @@ class Rotate(Stage):
     def run(self, source: Artifact, out: Path, progress: Progress) -> Stats:
         checkpoint, device = Checkpoint(source.path), fastest()
         self.inputs(checkpoint)
+        if self.heads:
+            check_unrounded(checkpoint.path)
         decoder, layers = checkpoint.decoder, model.layers(checkpoint)
         turns, lm = self.turns(decoder), model.skeleton(checkpoint)
         writer = Writer(out, checkpoint)

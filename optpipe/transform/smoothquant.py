@@ -22,6 +22,7 @@ from optpipe.calibrate import Calib, Peak
 from optpipe.checkpoint import Checkpoint
 from optpipe.family import Block, Decoder
 from optpipe.fold import Fold, check_dense, divide, folds, input_part, shared
+from optpipe.kvcache import check_unrounded
 from optpipe.linear import Layers
 from optpipe.stage import Progress, Stage
 
@@ -54,6 +55,8 @@ class SmoothQuant(Stage):
     def run(self, source: Artifact, out: Path, progress: Progress) -> Stats:
         checkpoint = Checkpoint(source.path)
         layers, decoder = model.layers(checkpoint), checkpoint.decoder
+        if self.linears:
+            check_unrounded(checkpoint.path)
         chosen = {block.name: self.folds(decoder, block) for block in decoder.blocks}
         first = {fold.readers[0] for found in chosen.values() for fold in found}
         wanted = frozenset(n for n in layers if n.removesuffix(".right") in first)

@@ -14,9 +14,12 @@ from optpipe.export.onnx import Onnx
 from optpipe.fold import values
 from optpipe.lowrank.svd import Svd
 from optpipe.prune.magnitude import Magnitude
+from optpipe.quant.awq import Awq
+from optpipe.quant.kvcache import KvCache
 from optpipe.quant.rtn import Rtn
 from optpipe.source import HuggingFace
 from optpipe.transform.rotate import Rotate
+from optpipe.transform.smoothquant import SmoothQuant
 from optpipe.verify import parity
 
 IDS = torch.randint(3, 288, (2, 30), generator=torch.Generator().manual_seed(0))
@@ -116,6 +119,17 @@ def test_what_is_exported_computes_what_the_original_did(name, run, tiny):
     original = Artifact(path=tiny(name), format="hf", key="k")
     made = run(Onnx(), run(Rotate(), original))
     assert parity(made, original).worst < 2e-4
+
+
+def test_values_do_not_change_under_scales_of_a_rounded_cache(run, tiny):
+    cached = run(KvCache(calib=run.calib), tiny())
+    for stage in (
+        Rotate(residual=False),
+        SmoothQuant(linears=True, calib=run.calib),
+        Awq(group_size=32, calib=run.calib),
+    ):
+        with pytest.raises(InputError, match="change values before the cache stage"):
+            run(stage, cached)
 
 
 def test_bad_fields_are_refused():
