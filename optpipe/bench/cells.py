@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -11,13 +11,13 @@ import numpy as np
 
 from optpipe.bench.bottlenecks import host
 from optpipe.bench.evidence import resampling
+from optpipe.bench.evidence.dependence import DEPENDENT, paired
 from optpipe.bench.evidence.statistics import (
     LEVEL,
     Shift,
     exponential,
     fewest_pairs,
     fewest_samples,
-    hodges_lehmann,
     log_ratios,
     median,
     percentile,
@@ -74,7 +74,8 @@ class Table:
         if not before:
             return None, self._unpaired(name) or missing(metric, cell)
         logs = log_ratios(after, before) if metric == "tokens_per_s" else log_ratios(before, after)
-        return exponential(_widened(logs, self.outcome)), ""
+        bench = self.outcome.bench
+        return exponential(paired(logs, bench.level, bench.margin)), ""
 
     def cell(self, name: str, cell: Cell) -> Entry:
         """The whole entry of an arm; verdicts are added once the family of them is known."""
@@ -164,6 +165,10 @@ def interval(shift: Shift, level: float) -> Entry:
     reasons = {} if shift.ci else {"ci": f"{few}{100 * level:.4g} %"}
     if shift.check is None:
         reasons["ci_check"] = "one paired block has no standard deviation"
+    if shift.rho > DEPENDENT:
+        reasons["dependent"] = (
+            f"neighbouring blocks are alike (autocorrelation {shift.rho:.2f}): they count as fewer"
+        )
     if shift.disputed:
         reasons["disputed"] = "Student's interval disagrees with that of the signed rank: bursts"
     return {
@@ -197,20 +202,6 @@ def _values(own: Turns | None, cell: Cell, why: str) -> tuple[Entry, dict[str, s
     values: Entry = {metric: median(of) if of else None for metric, of in blocks.items()}
     values["peak_bytes"] = max((int(peak) for peak in own.values("peak_bytes")), default=None)
     return values, {k: missing(k, cell) for k, value in values.items() if value is None}
-
-
-def _widened(logs: list[float], outcome: Outcome) -> Shift:
-    """The interval of the signed rank, or its hull with that of blocks that depend on each other.
-
-    A dependence that fewer blocks than thirty show may be chance: the hull only ever widens.
-    """
-    level = outcome.bench.level
-    shift = hodges_lehmann(logs, level)
-    limit = max(resampling.DEPENDENT, 2 / len(logs) ** 0.5)
-    if shift.ci is None or abs(resampling.autocorrelation(logs)) <= limit:
-        return shift
-    low, high = resampling.moving_block(logs, outcome.bench.seed, level)
-    return replace(shift, ci=(min(shift.ci[0], low), max(shift.ci[1], high)))
 
 
 def _bootstrap(base: Turns, own: Turns, cell: Cell, seed: int) -> Entry:

@@ -67,6 +67,11 @@ class BenchConfig:
         return looks(self.blocks, self.max_blocks)
 
     @property
+    def margin(self) -> float:
+        """``delta`` as a difference of logs."""
+        return math.log1p(self.delta)
+
+    @property
     def level(self) -> float:
         """Level of every interval, such that all looks together keep 95 %."""
         return level(len(self.looks))

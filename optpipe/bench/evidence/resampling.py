@@ -1,48 +1,18 @@
-"""Bootstrap intervals, for what the signed rank cannot give: dependent blocks, ratios of sums.
+"""Bootstrap intervals, for what the signed rank cannot give: ratios of sums.
 
 They cover too little below thirty blocks, so that they only ever stand beside an exact interval.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from optpipe.bench.evidence.statistics import LEVEL, Floats, Interval
 
 FEWEST_BLOCKS = 30
-DEPENDENT = 0.3
-"""Lag-1 autocorrelation beyond which differences of blocks are not taken as independent."""
 REPEATS, FEWEST_REPEATS = 10_000, 1_000
 DRAWS, CHUNK = 40_000_000, 2_000_000
 """Values drawn in all, which large samples reach before REPEATS, and at a time."""
-
-
-def autocorrelation(values: Sequence[float]) -> float:
-    """Lag-1 autocorrelation; 0 for a constant or fewer than three values."""
-    centered = np.asarray(values, dtype=np.float64) - np.mean(values)
-    total = float((centered**2).sum())
-    return float((centered[1:] * centered[:-1]).sum()) / total if len(values) > 2 and total else 0.0
-
-
-def moving_block(
-    values: Sequence[float], seed: int, level: float = LEVEL, repeats: int = 2000
-) -> Interval:
-    """Percentile interval of the midmean of a dependent series (Kuensch 1989, Ann. Stat. 17).
-
-    Runs of about n^(1/3) consecutive values are drawn, which keeps what they have in common. The
-    midmean, the mean of the middle half, withstands bursts as the Hodges-Lehmann estimate does.
-    """
-    array = np.asarray(values, dtype=np.float64)
-    n = len(array)
-    length = max(2, round(n ** (1 / 3)))
-    rng = np.random.default_rng([seed, n])
-    starts = rng.integers(0, n - length + 1, (repeats, -(-n // length)))
-    drawn = array[(starts[..., None] + np.arange(length)).reshape(repeats, -1)[:, :n]]
-    quarter = n // 4
-    centers = np.sort(drawn, axis=1)[:, quarter : n - quarter].mean(1)
-    return _tails(centers, level)
 
 
 def hierarchical(

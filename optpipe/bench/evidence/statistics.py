@@ -34,11 +34,15 @@ class Shift:
     ci: Interval | None
     pairs: int
     p: float
-    """Two-sided, of no shift at all, by the exact signed-rank test."""
+    """Two-sided, of no shift at all; by the exact signed-rank test, see also `dependence`."""
     check: Interval | None
     """Student's interval of the mean, which assumes more; None for fewer than two pairs."""
     spread: float
     """Standard deviation of the differences; 0 for a single pair."""
+    p_margin: float = 1.0
+    """Two-sided, of a shift beyond a margin, where one was asked about."""
+    rho: float = 0.0
+    """Autocorrelation of neighbouring differences, where it was estimated."""
 
     @property
     def disputed(self) -> bool:
@@ -51,7 +55,7 @@ class Shift:
         return (apart and widths[1] > 0) or widths[1] > FAR * widths[0] > 0
 
 
-def hodges_lehmann(differences: Sequence[float], level: float = LEVEL) -> Shift:
+def hodges_lehmann(differences: Sequence[float] | Floats, level: float = LEVEL) -> Shift:
     """Median of the Walsh averages, and the interval that inverts the signed-rank test."""
     if not len(differences):
         raise ValueError("no pairs to estimate a shift from")
@@ -103,14 +107,23 @@ def fewest_pairs(level: float = LEVEL) -> int:
     return next(n for n in range(1, 64) if _critical(n, level))
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p-values of a family, in the order given (Holm 1979): error of the whole family."""
-    adjusted = [0.0] * len(p_values)
-    running = 0.0
-    for place, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
-        running = max(running, min(1.0, (len(p_values) - place) * p_values[index]))
-        adjusted[index] = running
-    return adjusted
+def stepdown(pairs: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Adjusted p-values of a family, in the order given: error of the whole family.
+
+    Every member has two hypotheses of which one at most is true, such as no difference and a large
+    one. Holm's step-down, with as many that may still be true as there are members of which not
+    both are rejected (Shaffer 1986, JASA 81, procedure S2).
+    """
+    adjusted = [[1.0, 1.0] for _ in pairs]
+    rejected, running, possible = [0] * len(pairs), 0.0, len(pairs)
+    ranked = sorted((p, index, which) for index, both in enumerate(pairs)
+                    for which, p in enumerate(both))  # fmt: skip
+    for p, index, which in ranked:
+        running = max(running, min(1.0, possible * p))
+        adjusted[index][which] = running
+        rejected[index] += 1
+        possible -= rejected[index] == 2
+    return [(one, two) for one, two in adjusted]
 
 
 def blocks_needed(spread: float, effect: float, alpha: float) -> int:
@@ -123,7 +136,7 @@ def blocks_needed(spread: float, effect: float, alpha: float) -> int:
     return math.ceil((float(z + ndtri(POWER)) * spread / effect) ** 2 / EFFICIENCY + z**2 / 2)
 
 
-def smallest_effect(spread: float, pairs: int, alpha: float) -> float | None:
+def smallest_effect(spread: float, pairs: float, alpha: float) -> float | None:
     """The shift that this many pairs find in 80 % of runs; None where they can find none."""
     z = float(ndtri(1 - alpha / 2))
     counted = (pairs - z**2 / 2) * EFFICIENCY

@@ -1,5 +1,8 @@
 """FASTER, SLOWER, EQUIVALENT, INCONCLUSIVE or INVALID, with the error of all verdicts of a report
-together below 5 % (Holm 1979). All other ratios have an interval and no verdict.
+together below 5 % (Holm 1979, Shaffer 1986). All other ratios have an interval and no verdict.
+
+Every member of the family is asked two questions, whether it differs from the baseline and whether
+it differs by less than delta; both p-values, doubled for two looks, go through one step-down.
 """
 
 from __future__ import annotations
@@ -7,14 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from optpipe.bench.evidence.statistics import (
-    LEVEL,
-    Shift,
-    blocks_needed,
-    fewest_pairs,
-    holm,
-    smallest_effect,
-)
+from optpipe.bench.evidence.dependence import DEPENDENT, blocks_needed, smallest_effect
+from optpipe.bench.evidence.statistics import LEVEL, Shift, fewest_pairs, stepdown
 from optpipe.bench.scenario import Cell
 
 FASTER, SLOWER, EQUIVALENT = "FASTER", "SLOWER", "EQUIVALENT"
@@ -27,7 +24,7 @@ class Evidence:
     """What is known of one primary ratio; above 1 is better."""
 
     shift: Shift | None
-    """Over paired blocks, at the level of one look; None: there are no pairs."""
+    """Over paired blocks, at the level of one look, with delta as its margin; None: no pairs."""
     why: str = ""
     """Why there are no pairs."""
     invalid: str | None = None
@@ -42,6 +39,7 @@ class Verdict:
     """None: there is nothing to judge."""
     reason: str
     p_holm: float | None = None
+    """Of what the verdict says, with all verdicts of the report together."""
     blocks_needed: int | None = None
     """Of an inconclusive one: blocks that find a difference of delta in 80 % of runs."""
     mde: float | None = None
@@ -70,44 +68,53 @@ def verdicts(family: Sequence[Evidence], looks: int, delta: float) -> list[Verdi
 
     ``looks``: how often a cell may have been looked at before it ended.
     """
-    counted = [e.shift.p if e.shift and e.invalid is None else None for e in family]
-    adjusted = iter(holm([min(1.0, p * looks) for p in counted if p is not None]))
-    p_holm = [None if p is None else next(adjusted) for p in counted]
-    size = sum(p is not None for p in counted)
-    alpha = ALPHA / looks / max(size, 1)  # of the first step of Holm, the hardest
-    return [_decide(evidence, p, alpha, delta) for evidence, p in zip(family, p_holm, strict=True)]
+    counted = [e.shift if e.invalid is None else None for e in family]
+    raw = [(s.p, s.p_margin) for s in counted if s is not None]
+    adjusted = iter(stepdown([(min(1.0, looks * p), min(1.0, looks * q)) for p, q in raw]))
+    both = [None if shift is None else next(adjusted) for shift in counted]
+    alpha = ALPHA / looks / max(len(raw), 1)  # of the first step, the hardest
+    return [_decide(evidence, p, alpha, delta) for evidence, p in zip(family, both, strict=True)]
 
 
-def _decide(evidence: Evidence, p_holm: float | None, alpha: float, delta: float) -> Verdict:
+def _decide(
+    evidence: Evidence, both: tuple[float, float] | None, alpha: float, delta: float
+) -> Verdict:
     shift = evidence.shift
     if evidence.invalid is not None:
         return Verdict(verdict=INVALID, reason=evidence.invalid)
-    if shift is None or p_holm is None:
+    if shift is None or both is None:
         return Verdict(verdict=None, reason=evidence.why)
-    verdict, reason = _direction(shift, p_holm, delta)
+    verdict, reason = _direction(shift, both, delta)
     if evidence.apart and verdict != INCONCLUSIVE:
         reason = f"not timed side by side, where it would be {verdict}: {reason}"
         verdict = INCONCLUSIVE
     needed = None
     if verdict == INCONCLUSIVE:
-        needed = max(blocks_needed(shift.spread, delta, alpha), fewest_pairs(1 - alpha))
+        needed = max(blocks_needed(shift, delta, alpha), fewest_pairs(1 - alpha))
     return Verdict(
         verdict=verdict,
         reason=reason,
-        p_holm=p_holm,
+        p_holm=both[1] if verdict == EQUIVALENT else both[0],
         blocks_needed=needed,
-        mde=smallest_effect(shift.spread, shift.pairs, alpha),
+        mde=smallest_effect(shift, alpha),
     )
 
 
-def _direction(shift: Shift, p_holm: float, delta: float) -> tuple[str, str]:
+def _direction(shift: Shift, both: tuple[float, float], delta: float) -> tuple[str, str]:
+    """The verdict and its reason; ``both``: adjusted p of no difference, of one beyond delta."""
+    different, beyond = both
     if shift.ci is None:
         return INCONCLUSIVE, f"{shift.pairs} paired blocks are too few for an interval"
     low, high = shift.ci
-    if 1 / (1 + delta) <= low and high <= 1 + delta:
-        return EQUIVALENT, f"the whole interval lies within {delta:.0%} of 1"
-    if low <= 1 <= high:
-        return INCONCLUSIVE, "the interval holds 1 and more than a negligible difference"
-    if p_holm > ALPHA:
-        return INCONCLUSIVE, f"with all verdicts of this report together, p is {p_holm:.2g}"
-    return (FASTER if low > 1 else SLOWER), f"the interval excludes 1, p is {p_holm:.2g}"
+    if beyond <= ALPHA:
+        return EQUIVALENT, f"the whole interval lies within {delta:.0%} of 1, p is {beyond:.2g}"
+    if different <= ALPHA:
+        return (FASTER if low > 1 else SLOWER), f"the interval excludes 1, p is {different:.2g}"
+    if low > 1 or high < 1:
+        why = f"with all verdicts of this report together, p is {different:.2g}"
+    elif 1 / (1 + delta) < low and high < 1 + delta:
+        why = f"with all verdicts of this report together, p of a difference is {beyond:.2g}"
+    else:
+        why = "the interval holds 1 and more than a negligible difference"
+    alike = f"; neighbouring blocks are alike (autocorrelation {shift.rho:.2f})"
+    return INCONCLUSIVE, why + (alike if shift.rho > DEPENDENT else "")

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from optpipe.bench.backend import Ids
-from optpipe.bench.evidence.statistics import hodges_lehmann, log_ratios, median
+from optpipe.bench.evidence.dependence import paired
+from optpipe.bench.evidence.statistics import log_ratios, median
 from optpipe.bench.evidence.stopping import late_start, settled
 from optpipe.bench.policy import BenchConfig
 from optpipe.bench.scenario import Cell, hash_ids, prompt_seed, prompts
@@ -291,7 +292,7 @@ def _half_width(before: list[float], after: list[float], level: float) -> float:
     """Of the interval of the log-ratio; infinite where there is none."""
     if not before:
         return math.inf
-    ci = hodges_lehmann(log_ratios(before, after), level).ci
+    ci = paired(log_ratios(before, after), level).ci
     return (ci[1] - ci[0]) / 2 if ci else math.inf
 
 
