@@ -87,6 +87,8 @@ class Table:
             reasons["cpu_s"] = why
         elif cell in self.outcome.measured.stopped:
             reasons["blocks"] = self.outcome.measured.stopped[cell]
+        if own is not None and (name, cell) in self.outcome.measured.slow_starts:
+            reasons["warmup"] = self.outcome.measured.slow_starts[name, cell]
         served, missing_too = load.entry(own.samples if own else [], cell, self.outcome.measured)
         reasons |= missing_too
         return {

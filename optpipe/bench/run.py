@@ -20,7 +20,7 @@ from optpipe.bench.outcome import Outcome
 from optpipe.bench.pages import tables
 from optpipe.bench.resident import Residents, plan_twice, reside
 from optpipe.bench.scenario import Cell, Scenario, cells, prompt_seed, read_texts
-from optpipe.bench.timed.anchored import Turns
+from optpipe.bench.timed.anchored import Alternation
 from optpipe.bench.timed.measure import BenchConfig, Session, measure
 from optpipe.bench.timed.samples import AGAIN
 from optpipe.bench.timed.selftest import SHORT_RUNS, selftest
@@ -169,7 +169,7 @@ def _side_by_side(outcome: Outcome, number: int, given: Sequence[Arm], progress:
 def _taking_turns(outcome: Outcome, name: str, progress: Progress) -> None:
     """An arm that does not fit in memory beside the baseline."""
     outcome.anchored.add(name)
-    Turns(
+    Alternation(
         outcome=outcome,
         name=name,
         number=len(outcome.sessions) + len(outcome.anchored),

@@ -8,8 +8,8 @@ from simulated import CELLS, FACTS, TOLD, Machine, SimWorker
 from optpipe.bench import report
 from optpipe.bench.outcome import Outcome
 from optpipe.bench.resident import Residents
-from optpipe.bench.timed import anchored, timing
-from optpipe.bench.timed.anchored import Turns, probe, schedule
+from optpipe.bench.timed import anchored, blocks, timing
+from optpipe.bench.timed.anchored import Alternation, probe, schedule
 from optpipe.bench.timed.measure import BenchConfig
 
 
@@ -25,10 +25,12 @@ def test_the_probe_is_work():
 @pytest.fixture
 def alternating(arm, monkeypatch):
     """Two arms, never resident together, on a machine whose speed doubles half-way through."""
-    monkeypatch.setattr(timing.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(blocks.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(timing, "TURN_S", 0.0)
     machine = Machine(0, sd=0.005, drift=0, bursts=0)
-    monkeypatch.setattr(anchored, "Session", partial(timing.Session, clock=machine.clock))
+    monkeypatch.setattr(
+        anchored, "Session", partial(blocks.Session, clock=machine.clock, meter=lambda: None)
+    )
     loads, judged = [], []
 
     def pace():
@@ -52,7 +54,7 @@ def alternating(arm, monkeypatch):
         worker = SimWorker(machine, one.name, scale)
         yield Residents(workers={one.name: worker}, loaded={one.name: TOLD})
 
-    Turns(
+    Alternation(
         outcome=outcome,
         name="big",
         number=2,

@@ -16,6 +16,12 @@ def test_an_arm_that_gets_less_of_the_cpu_than_usual_was_disturbed():
     assert "1.30 cores where 2.00" in watched().disturbed("arm", 1.0, 1.3, None, None)
 
 
+def test_an_arm_that_needs_fewer_cores_from_now_on_is_not_disturbed_for_long():
+    watch = watched(history=9)
+    said = [watch.disturbed("arm", 1.0, 1.0, None, None) for _ in range(8)]
+    assert all(said[:3]) and not any(said[4:])
+
+
 def test_nothing_is_unusual_before_there_is_a_history():
     assert watched(history=2).disturbed("arm", 1.0, 0.1, None, None) is None
 

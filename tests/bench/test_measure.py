@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from optpipe.bench.evidence.statistics import fewest_pairs
 from optpipe.bench.fidelity.quality import QualityConfig
 from optpipe.bench.scenario import Cell, hash_ids, prompt_seed, prompts
+from optpipe.bench.timed import blocks as blocks_module
 from optpipe.bench.timed import timing as module
 from optpipe.bench.timed.measure import BenchConfig, Measured, Session, measure
 from optpipe.bench.timed.timing import WARM
@@ -26,7 +27,7 @@ QUICK = {
 
 @pytest.fixture(autouse=True)
 def no_pause(monkeypatch):
-    monkeypatch.setattr(module, "SETTLE_S", 0.0)
+    monkeypatch.setattr(blocks_module, "SETTLE_S", 0.0)
     monkeypatch.setattr(module, "TURN_S", 0.0)
 
 
@@ -129,6 +130,15 @@ def test_an_arm_that_is_too_slow_leaves_the_cell_with_the_reason(local):
     assert not workers["slow"].killed
 
 
+def test_one_slow_warm_up_iteration_is_noted_and_costs_nothing(local):
+    """Such as one that compiles; the baseline too would be lost by it."""
+    workers = {"base": local("base", first_s=0.05), "other": local("other")}
+    found, _ = timings(workers, iteration_limit_s=0.04)
+    assert found.dropped == {} and len(blocks(found)) == 6
+    assert "the one after it did not" in found.slow_starts["base", CELL]
+    assert [*found.slow_starts] == [("base", CELL)]
+
+
 def test_an_arm_that_breaks_costs_itself_only_and_says_why(local):
     workers = {"base": local("base"), "bad": local("bad", fault="raise")}
     found, _ = timings(workers)
@@ -159,6 +169,13 @@ def test_the_budget_ends_a_cell_after_a_whole_block_but_not_before_the_first(loc
     assert found.stopped[CELL].endswith("after 1 of at least 6 and at most 6 blocks")
 
 
+def test_the_budget_covers_the_warm_up(local):
+    """Two iterations of every arm at least, but not as long as warmup_s allows."""
+    worker = local("a")
+    found, _ = timings({"a": worker}, budget_s=0.0, warmup_s=1e6)
+    assert Counter(s.reason for s in found.samples) == {"warmup": 2, None: 1}
+
+
 def test_limits_do_not_reach_into_timed_iterations(local):
     worker = local("a")
     timings({"a": worker})
@@ -177,7 +194,7 @@ def test_progress_counts_up_to_its_total(local):
 
 @pytest.mark.parametrize("path", CONF, ids=lambda path: path.stem)
 def test_every_option_gives_every_value_and_enough_blocks_for_an_interval(path):
-    content = OmegaConf.load(path)
+    content = OmegaConf.create({"store": "store", "bench": OmegaConf.load(path)}).bench
     policy = typed(content, BenchConfig, "bench")
     assert policy.blocks >= fewest_pairs(policy.level)
     assert set(content) == {field.name for field in fields(BenchConfig)}

@@ -13,7 +13,7 @@ from optpipe.bench.serving.feeds import Arrived, Ask, Closed, Open
 from optpipe.bench.serving.load import Load, highest_rate
 from optpipe.bench.serving.request import invalid, metrics
 from optpipe.bench.serving.serve import Serve, Served, serve
-from optpipe.bench.timed import checks, timing
+from optpipe.bench.timed import blocks, checks
 from optpipe.bench.timed.measure import BenchConfig, Measured, Session, measure
 from optpipe.bench.worker import Worker
 
@@ -293,7 +293,7 @@ def test_a_rate_that_no_search_finds():
 
 def test_a_server_is_timed_block_by_block_like_any_other_cell(local, monkeypatch):
     """Two equal arms in whole blocks: the same requests for both, at the rate of the baseline."""
-    monkeypatch.setattr(timing, "SETTLE_S", 0.0)
+    monkeypatch.setattr(blocks, "SETTLE_S", 0.0)
     serving = Serving(requests=6, objective=Objective(ttft_s=0.05, tpot_s=None))
     found = Measured(scenarios={"server": Scenario(serving=serving)})
     workers = {name: local(name, prefill_s=0.004, decode_s=0.001) for name in ("baseline", "twin")}

@@ -47,16 +47,30 @@ def test_a_steady_series_is_hardly_cut():
     assert truncation([1.0, 1.0]) == 0 and truncation([]) == 0
 
 
-def test_a_jit_at_iteration_seven_is_found_and_noise_is_not():
-    """T5: slow for seven iterations, also with a burst later on."""
-    found = false = 0
+@pytest.mark.parametrize(("count", "late"), [(12, 7), (12, 4), (24, 7), (24, 15), (60, 5)])
+def test_a_jit_is_found(count, late):
+    """T5: slow at first, also with a burst later on where there are enough values."""
+    found = 0
     for seed in range(100):
-        values = np.random.default_rng(seed).normal(1, 0.03, 24)
-        false += late_start(values) > 0
-        values[16] *= 3
-        values[:7] *= 1.5
-        found += 7 <= late_start(values) <= 10  # one or two good ones more are no loss
-    assert found >= 95 and false <= 2
+        values = np.random.default_rng(seed).normal(1, 0.03, count)
+        if count >= 24:
+            values[late + 4] *= 3
+        values[:late] *= 1.5
+        found += late <= late_start(values) <= late + 3  # a few good ones more are no loss
+    assert found >= 95, found
+
+
+@pytest.mark.parametrize("count", [8, 12, 24, 48])
+def test_a_steady_series_is_cut_once_in_a_hundred(count):
+    rng = np.random.default_rng(count)
+    cuts = np.mean([late_start(values) > 0 for values in rng.standard_t(3, size=(3000, count))])
+    assert cuts <= 0.016, cuts  # 1 % and three standard errors
+    assert count < 12 or cuts >= 0.003, "it could be found earlier"
+
+
+def test_too_few_values_have_no_head():
+    for count in range(7):
+        assert late_start([2.0] * (count // 2) + [1.0] * (count - count // 2)) == 0
 
 
 def test_warm_up_ends_when_it_is_over():

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
-from optpipe.bench.evidence.statistics import LEVEL
+from optpipe.bench.evidence.statistics import LEVEL, Floats
 
 BATCH = 5
-Z_STEP = 3.3
-"""A head that ranks this many standard deviations above the rest is no accident (p = 0.0005)."""
+LEFT = 4
+"""Values that must remain for them to be a state."""
+FALSE_CUT, ORDERS = 0.01, 10_000
+"""How often a steady series is cut, and how many random orders tell what that takes."""
 
 
 def looks(first: int, last: int) -> tuple[int, ...]:
@@ -64,14 +69,37 @@ def settled(values: Sequence[float], within: float = 0.02) -> bool:
 def late_start(values: Sequence[float]) -> int:
     """How many leading values belong to another, slower state, such as before a JIT compiled.
 
-    The change point of Pettitt (1979, Applied Statistics 28) in the first half, on ranks, which a
-    burst does not move: 0 unless what is before it ranks clearly above what is after it.
+    The change point of Pettitt (1979, Applied Statistics 28) on ranks, which a burst does not move:
+    0 unless what is before it ranks above what is after it as chance does it in one of a hundred
+    orders of the same values. Where there is one, it lies where both parts are nearest to their
+    medians.
     """
-    n = len(values)
-    cuts = np.arange(1, n // 2 + 1)
-    if not len(cuts):
+    z = _steps(np.argsort(np.argsort(values))[None])[0]
+    if not len(z) or z.max() < _critical(len(values)):
         return 0
-    ranks = np.argsort(np.argsort(values)) + 1.0
-    excess = np.cumsum(ranks)[: len(cuts)] - cuts * (n + 1) / 2
-    z = excess / np.sqrt(cuts * (n - cuts) * (n + 1) / 12)
-    return int(cuts[z.argmax()]) if z.max() > Z_STEP else 0
+    array = np.asarray(values, dtype=np.float64)
+    apart = [_scatter(array[:cut]) + _scatter(array[cut:]) for cut in range(1, len(z) + 1)]
+    return int(np.argmin(apart)) + 1
+
+
+def _scatter(values: Floats) -> float:
+    return float(np.abs(values - np.median(values)).sum())
+
+
+def _steps(ranks: NDArray[np.int64]) -> Floats:
+    """(rows, cuts): by how many standard deviations the head before each cut ranks too high."""
+    n = ranks.shape[1]
+    cuts = np.arange(1, n - LEFT + 1)
+    excess = np.cumsum(ranks + 1.0, axis=1)[:, : len(cuts)] - cuts * (n + 1) / 2
+    steps: Floats = excess / np.sqrt(cuts * (n - cuts) * (n + 1) / 12)
+    return steps
+
+
+@lru_cache(maxsize=256)
+def _critical(n: int) -> float:
+    """What the largest step of n values in random order reaches in less than FALSE_CUT."""
+    ranks = np.random.default_rng(n).permuted(np.tile(np.arange(n), (ORDERS, 1)), axis=1)
+    largest = np.sort(_steps(ranks).max(1))
+    # the next value above the quantile: ties must not make it more
+    beyond = largest[largest > largest[-int(FALSE_CUT * ORDERS) - 1]]
+    return float(beyond[0]) if len(beyond) else math.inf

@@ -15,7 +15,8 @@ import numpy as np
 from optpipe.bench.outcome import Outcome
 from optpipe.bench.resident import Reside, Residents
 from optpipe.bench.scenario import Cell
-from optpipe.bench.timed.timing import WARM, Session, Timer
+from optpipe.bench.timed.blocks import Blocks, Session
+from optpipe.bench.timed.timing import WARM, Timer
 from optpipe.stage import Progress
 
 PAIRS = 8
@@ -25,7 +26,7 @@ PROBE_ROWS = 384
 
 
 @dataclass(frozen=True, kw_only=True)
-class Turns:
+class Alternation:
     """One pair of arms, the baseline and another, over all cells."""
 
     outcome: Outcome
@@ -61,24 +62,25 @@ class Turns:
             loaded=residents.loaded,
             budget_s=self.outcome.bench.budget_s,
         )
-        return Timer(
+        blocks = Blocks(
             session=session,
             cell=cell,
             config=self.outcome.bench,
             found=self.outcome.measured,
             rng=np.random.default_rng(self.outcome.bench.seed),
-            primary=(),
         )
+        return Timer(blocks=blocks, primary=())
 
     def _cell(self, timer: Timer, blocks: Sequence[int]) -> None:
         samples = self.outcome.measured.samples
         for _ in timer.warm_up():
             pass
         # both arms answer the same requests, so that the first to be loaded says how many
-        timer.iterations = self.iterations.setdefault(timer.cell, timer.iterations)
+        given = timer.blocks
+        given.iterations = self.iterations.setdefault(given.cell, given.iterations)
         for block in blocks:
             before_s, start = probe(), len(samples)
-            timer.block(block, WARM + block // 2 * timer.iterations, None)
+            given.run(block, WARM + block // 2 * given.iterations, None)
             probe_s = (before_s + probe()) / 2
             samples[start:] = [replace(sample, probe_s=probe_s) for sample in samples[start:]]
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from optpipe.bench.machine import usable_cores
 
 STAT = Path("/proc/stat")
 CONTENTION = 1.5
-"""Wall clock over CPU time per thread, against the arm's own median."""
+"""Wall clock over CPU time per thread, against the arm's own recent median."""
 OTHERS = 0.25
 """Share of the usable cores that other processes took, above the session's median."""
 STOLEN = 0.10
@@ -26,6 +27,8 @@ BUSY = 0.5
 """An arm that uses less of a core, such as one that waits for a GPU, is not judged by CPU time."""
 HISTORY = 3
 """Turns before which nothing can be called unusual."""
+RECENT = 7
+"""Turns of an arm that say what is usual for it: once it has compiled, it may need fewer cores."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +61,7 @@ class Watch:
 
     meter: Meter = ticks
     cores: int = field(default_factory=usable_cores)
-    _work: dict[str, list[float]] = field(default_factory=dict)
+    _work: dict[str, deque[float]] = field(default_factory=dict)
     _others: list[float] = field(default_factory=list)
     _stolen: list[float] = field(default_factory=list)
 
@@ -66,7 +69,7 @@ class Watch:
         self, arm: str, wall_s: float, cpu_s: float, before: Ticks | None, after: Ticks | None
     ) -> str | None:
         """Why a turn that took ``wall_s`` is tainted, if it is; also remembers the turn."""
-        work = self._work.setdefault(arm, [])
+        work = self._work.setdefault(arm, deque(maxlen=RECENT))
         found = [self._contended(work, cpu_s / wall_s)]
         work.append(cpu_s / wall_s)
         if before is not None and after is not None:
@@ -76,7 +79,7 @@ class Watch:
             found.append(_unusual(self._stolen, stolen, STOLEN, "the hypervisor"))
         return next((why for why in found if why), None)
 
-    def _contended(self, work: list[float], share: float) -> str | None:
+    def _contended(self, work: Sequence[float], share: float) -> str | None:
         if len(work) < HISTORY or (usual := median(work)) < BUSY or share * CONTENTION >= usual:
             return None
         return f"it got {share:.2f} cores where {usual:.2f} are usual"

@@ -13,8 +13,9 @@ import numpy as np
 from optpipe.bench.evidence.verdict import primary
 from optpipe.bench.policy import BenchConfig
 from optpipe.bench.scenario import Cell
+from optpipe.bench.timed.blocks import Blocks, Session
 from optpipe.bench.timed.samples import Measured, Sample
-from optpipe.bench.timed.timing import Session, Timer
+from optpipe.bench.timed.timing import Timer
 from optpipe.stage import Progress
 
 __all__ = ["BenchConfig", "Measured", "Sample", "Session", "measure"]
@@ -36,14 +37,8 @@ def measure(
     order = sorted(cells, key=lambda cell: cell.batch * cell.tokens)
     deciding, total = primary(cells), STEPS * len(cells)
     for index, cell in enumerate(order):
-        timer = Timer(
-            session=session,
-            cell=cell,
-            config=config,
-            found=found,
-            rng=rng,
-            primary=deciding[cell],
-        )
+        blocks = Blocks(session=session, cell=cell, config=config, found=found, rng=rng)
+        timer = Timer(blocks=blocks, primary=deciding[cell])
         share_s = max((end_ns - session.clock()) / 1e9, 0.0) / (len(order) - index)
         for done in timer.rounds(share_s):
             progress(f"benchmark: {cell}", index * STEPS + int(done * STEPS), total)

@@ -68,6 +68,8 @@ class Measured:
     samples: list[Sample] = field(default_factory=list)
     dropped: dict[tuple[str, Cell], str] = field(default_factory=dict)
     """(arm, cell) -> why it has no numbers."""
+    slow_starts: dict[tuple[str, Cell], str] = field(default_factory=dict)
+    """(arm, cell) -> a warm-up iteration that took too long, where only one did."""
     dead: dict[str, str] = field(default_factory=dict)
     """Arms that had to be ended or broke, and why."""
     stopped: dict[Cell, str] = field(default_factory=dict)

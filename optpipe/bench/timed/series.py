@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -65,6 +66,21 @@ def pairs(
     before, after = base.by_block(metric, anchored), own.by_block(metric, anchored)
     shared = [place for place in before if place in after]
     return [before[place] for place in shared], [after[place] for place in shared]
+
+
+def relative(turns: Mapping[str, Turns], metric: str) -> dict[str, dict[Place, float]]:
+    """The log of what each arm took over the median of the others, block by block.
+
+    What the machine became in the meantime is in both; an arm that is alone has its own logs.
+    """
+    series = {arm: own.by_block(metric) for arm, own in turns.items()}
+    found: dict[str, dict[Place, float]] = {}
+    for arm, own in series.items():
+        found[arm] = {}
+        for place, value in own.items():
+            others = [of[place] for name, of in series.items() if name != arm and place in of]
+            found[arm][place] = math.log(value / (median(others) if others else 1.0))
+    return found
 
 
 def _relative(metric: str, value: float, probe_s: float) -> float:
