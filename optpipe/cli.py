@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from optpipe import config
 from optpipe.artifact import sweep
-from optpipe.errors import GateError, InputError, StageError, one_line
+from optpipe.errors import GateError, InputError, StageError, TimingError, one_line
 
 if TYPE_CHECKING:
     from optpipe.evaluate import EvalConfig
@@ -44,9 +44,10 @@ store           folder of the artifacts, shared by all runs
   -m            before the first KEY=A,B: one run for each combination of values
 
 Your own recipes go into ./recipes/NAME.yaml.
-Exit codes: 0 success, 2 bad input, 3 an artifact is wrong or not good enough, 4 a stage broke.
+Exit codes: 0 success, 2 bad input, 3 an artifact is wrong or not good enough, 4 a stage broke,
+5 a timing is no measurement (a verdict is INVALID; everything else of the report holds).
 """
-OK, BAD_INPUT, BAD_RESULT, BROKEN, INTERRUPTED = 0, 2, 3, 4, 130
+OK, BAD_INPUT, BAD_RESULT, BROKEN, BAD_TIMING, INTERRUPTED = 0, 2, 3, 4, 5, 130
 """Exit codes."""
 
 
@@ -106,6 +107,8 @@ def _guarded(cfg: DictConfig) -> int:
         code = _complain(str(error), BAD_INPUT, error)
     except GateError as error:
         code = _complain(str(error), BAD_RESULT, error)
+    except TimingError as error:
+        code = _complain(str(error), BAD_TIMING, error)
     except Exception as error:  # noqa: BLE001  the boundary: no traceback on the screen
         what = str(error) if isinstance(error, StageError) else repr(error)
         code = _complain(f"{what}; see {_log_file(out)}", BROKEN, error)

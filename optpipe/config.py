@@ -91,7 +91,8 @@ def typed(fields: Any, cls: type[Any], name: str) -> Any:
     except OmegaConfBaseException as error:
         raise InputError(_field_error(error, name)) from error
     except ValueError as error:  # from __post_init__
-        raise InputError(f"{name}: {error}") from error
+        said = str(error)  # some name the whole key
+        raise InputError(said if said.startswith(f"{name}.") else f"{name}: {said}") from error
 
 
 def build_stages(cfg: DictConfig) -> dict[str, Stage]:
@@ -138,7 +139,12 @@ def unused(cfg: DictConfig, overrides: Iterable[str]) -> list[str]:
 
 
 def build_scenarios(cfg: DictConfig, cls: type[Any]) -> dict[str, Any]:
-    """The chosen scenarios by name."""
+    """The chosen scenarios by name; at least one."""
+    if "scenario" not in cfg or not cfg.scenario:
+        there = sorted(path.stem for path in (data_dir("conf") / "scenario").glob("*.yaml"))
+        raise InputError(
+            f"scenario=[] leaves nothing to measure: one or more of {', '.join(there)}"
+        )
     return {str(k): typed(node, cls, f"scenario.{k}") for k, node in cfg.scenario.items()}
 
 

@@ -1,4 +1,4 @@
-"""The three ways a run can fail, one exit code each."""
+"""The four ways a run can fail, one exit code each."""
 
 
 class InputError(ValueError):
@@ -7,6 +7,10 @@ class InputError(ValueError):
 
 class GateError(RuntimeError):
     """An artifact does not agree with what it was made from, or is not good enough. Exit code 3."""
+
+
+class TimingError(RuntimeError):
+    """A verdict of the benchmark is INVALID: what was timed is no measurement. Exit code 5."""
 
 
 class StageError(RuntimeError):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optpipe.artifact import Artifact, code, fingerprint, publish
-from optpipe.errors import GateError, InputError, StageError, one_line
+from optpipe.errors import GateError, InputError, StageError, TimingError, one_line
 from optpipe.family import HEAD
 from optpipe.progress import clock, shown
 from optpipe.stage import Progress, Stage
@@ -137,7 +137,7 @@ def failing_as(name: str) -> Iterator[None]:
     """Whatever breaks inside is a failure of the stage ``name``; the log gets the traceback."""
     try:
         yield
-    except (GateError, StageError):
+    except (GateError, StageError, TimingError):
         raise
     except Exception as error:  # the boundary: a stage may raise anything
         kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "

@@ -14,7 +14,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from optpipe import cli
-from optpipe.errors import GateError
+from optpipe.errors import GateError, TimingError
 from optpipe.stage import Stage
 
 LIGHT = """
@@ -50,6 +50,8 @@ class Fails(Stage):
 
     def run(self, source, out, progress):
         (out / "half").write_text("half")
+        if self.how == "timing":
+            raise TimingError("single, tpot_s: INVALID")
         raise GateError("logits differ by 3") if self.how == "gate" else ZeroDivisionError("of 1")
 
 
@@ -228,7 +230,23 @@ def test_an_unreadable_recipe_is_an_error(optpipe, tmp_path):
     assert result.code == 2 and "cannot read recipe 'recipes/bad.yaml'" in result.errors[0]
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("scenario=[]", "error: scenario=[] leaves nothing to measure: one or more of batch, "),
+        ("bench.budget_s=-1", "error: bench.budget_s=-1.0: at least 0 is needed"),
+        ("scenario.single.primary=[speed]", "error: scenario.single: primary: 'speed' is not one"),
+    ],
+)
+def test_a_bad_benchmark_is_one_line_that_names_the_key_once(optpipe, tiny, given, message):
+    small = [one for one in SMALL if given != "scenario=[]" or not one.startswith("scenario")]
+    result = optpipe("model=hf", f"model.path={tiny()}", *small, "stages=[]", given)
+    assert result.code == 2 and len(result.errors) == 1, result.err
+    assert result.errors[0].startswith(message)
+
+
 FAILURES = {
+    "timing": (5, "error: single, tpot_s: INVALID"),
     "gate": (3, "error: logits differ by 3"),
     "stage": (4, "error: stage 'odd' failed: ZeroDivisionError: of 1; see "),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,10 @@ def main(argv: Sequence[str]) -> int:
     given = _parser().parse_args(argv)
     try:
         code: int = given.do(given)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor complain at exit
+        return OK
     except InputError as error:
         return _complain(str(error), BAD_INPUT)
     except OSError as error:

@@ -11,12 +11,11 @@ from optpipe.bench.evidence.statistics import Shift
 from optpipe.bench.evidence.verdict import ALPHA, Evidence, primary, verdicts
 from optpipe.bench.scenario import Cell
 from optpipe.bench.timed import checks
-from optpipe.bench.timed.clock import METRICS
+from optpipe.bench.timed.clock import COMPARED
 from optpipe.bench.timed.samples import AGAIN
 
 SECONDARY = "a secondary metric: an interval, no verdict"
 NO_PAIR = "the baseline was not resident twice: it does not fit in memory, or was ended"
-COMPARED = tuple(metric for metric in (*METRICS, "peak_bytes") if metric != "queue_s")
 
 
 @dataclass(frozen=True)
@@ -27,12 +26,14 @@ class Judgement:
 
     @cached_property
     def primary(self) -> dict[Cell, tuple[str, ...]]:
-        return primary(self.table.outcome.cells)
+        outcome = self.table.outcome
+        return primary(outcome.cells, outcome.measured.scenarios)
 
     @cached_property
     def failures(self) -> dict[tuple[str, Cell], list[str]]:
         """(arm, cell) -> the checks it failed there."""
-        return checks.failures(self.table.turns, self.table.outcome.floors)
+        outcome = self.table.outcome
+        return checks.failures(self.table.turns, outcome.floors, outcome.measured.dead)
 
     @cached_property
     def unstable(self) -> dict[Cell, str]:

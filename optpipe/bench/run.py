@@ -14,6 +14,7 @@ from optpipe.artifact import Artifact
 from optpipe.bench import machine, preflight, report
 from optpipe.bench.bottlenecks import bottleneck, host
 from optpipe.bench.bottlenecks.physics import Physics, survey
+from optpipe.bench.evidence.verdict import INVALID
 from optpipe.bench.fidelity import gate, quality
 from optpipe.bench.fidelity.reference import keep_in
 from optpipe.bench.outcome import Outcome
@@ -26,7 +27,7 @@ from optpipe.bench.timed.samples import AGAIN
 from optpipe.bench.timed.selftest import SHORT_RUNS, selftest
 from optpipe.bench.timed.timing import WARM
 from optpipe.bench.worker import Arm, Worker
-from optpipe.errors import StageError
+from optpipe.errors import StageError, TimingError
 from optpipe.evaluate import EvalConfig, Evaluate
 from optpipe.progress import shown
 from optpipe.stage import Progress
@@ -50,7 +51,7 @@ def run(
 
     ``context`` is what the report says about how the run was started. After the report is written,
     raises GateError if an artifact is not as good as bench.quality asks, or not what was timed;
-    StageError if an arm broke, which costs that arm only.
+    StageError if an arm broke, which costs that arm only; TimingError if a verdict is INVALID.
     """
     started, start_s, about = datetime.now(UTC), time.perf_counter(), machine.describe()
     with shown("bench") as progress:
@@ -76,6 +77,7 @@ def run(
     tables.show(found)
     _whole(outcome)
     gate.check(found, bench.quality, [*outcome.changed.values(), *outcome.unlike])
+    _valid(found)
     return found
 
 
@@ -245,3 +247,15 @@ def _whole(outcome: Outcome) -> None:
     broken = {**outcome.broken, **outcome.measured.dead}
     for name in (arm.name for arm in outcome.arms if arm.name in broken):
         raise StageError(f"'{name}' broke in the benchmark: {broken[name]}")
+
+
+def _valid(found: Mapping[str, Any]) -> None:
+    """Raise TimingError if a verdict is INVALID: the report says so, and the exit code, too."""
+    for artifact in found["artifacts"]:
+        for cell in artifact["cells"]:
+            for metric, entry in cell["speedup"].items():
+                if entry.get("verdict") == INVALID:
+                    raise TimingError(
+                        f"'{artifact['name']}', {cell['scenario']}, {metric}: INVALID: "
+                        f"{entry['reason']}"
+                    )

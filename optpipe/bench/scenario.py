@@ -15,6 +15,7 @@ import numpy as np
 
 from optpipe.bench.backend import Ids
 from optpipe.bench.serving.arrivals import Scale, read_trace
+from optpipe.bench.timed.clock import COMPARED
 from optpipe.errors import InputError
 
 ARRIVALS = ("poisson", "burst", "closed", "trace")
@@ -100,6 +101,8 @@ class Scenario:
     """A text file, every line a prompt, or JSONL with "prompt" or "text"; null: random ids."""
     serving: Serving | None = None
     """null: the next iteration begins when the one before it is done."""
+    primary: list[str] = field(default_factory=lambda: ["tpot_s"])
+    """Metrics that get a verdict, at the largest batch and the longest prompt; [] for none."""
 
     def __post_init__(self) -> None:
         for name in ("batch", "prompt_tokens"):
@@ -112,6 +115,15 @@ class Scenario:
             raise InputError(f"new_tokens={self.new_tokens}: at least 1 is needed")
         if self.prompts and self.serving and self.serving.arrivals == "trace":
             raise InputError("prompts: those of a trace follow from its hash_ids")
+        self._check_primary()
+
+    def _check_primary(self) -> None:
+        if unknown := [metric for metric in self.primary if metric not in COMPARED]:
+            raise InputError(f"primary: '{unknown[0]}' is not one of {', '.join(COMPARED)}")
+        if len(set(self.primary)) < len(self.primary):
+            raise InputError(f"primary={list(self.primary)}: each metric once")
+        if "tpot_s" in self.primary and self.new_tokens == 1:
+            raise InputError("primary: one token has no tpot_s; 'primary=[ttft_s]' is its latency")
 
 
 class Cell(NamedTuple):
@@ -162,11 +174,17 @@ def check(scenarios: Mapping[str, Scenario], context: int) -> None:
     """Raise InputError unless every prompt and its new tokens fit in ``context`` tokens."""
     for cell in cells(scenarios):
         if cell.tokens > context:
+            left, key = context - cell.new_tokens, f"scenario.{cell.scenario}"
+            advice = (
+                f"'{key}.prompt_tokens=[{left}]' or fewer"
+                if left > 0
+                else f"'{key}.new_tokens={max(context - cell.prompt_tokens, 1)}' or fewer"
+                if cell.prompt_tokens < context
+                else f"'{key}.prompt_tokens=[{context // 2}]' and '{key}.new_tokens={context // 2}'"
+            )
             raise InputError(
                 f"scenario '{cell.scenario}': {cell.prompt_tokens} prompt tokens and "
-                f"{cell.new_tokens} new ones do not fit in {context} tokens; set "
-                f"'scenario.{cell.scenario}.prompt_tokens=[{max(context - cell.new_tokens, 1)}]'"
-                " or fewer"
+                f"{cell.new_tokens} new ones do not fit in {context} tokens; set {advice}"
             )
     for name, scenario in scenarios.items():
         if scenario.serving is not None and scenario.serving.arrivals == "trace":

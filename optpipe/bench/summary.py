@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,8 +36,11 @@ def crossover(cells: Sequence[Mapping[str, Any]]) -> Entry:
 
 
 def recommendation(artifacts: Sequence[Mapping[str, Any]]) -> list[Entry]:
-    """For each scenario with a verdict on speed: the fastest artifact that is good enough."""
-    found: dict[str, Entry] = {}
+    """For each verdict on speed: the fastest artifact that is good enough.
+
+    One cell of a scenario is named by the scenario alone, more of them by what tells them apart.
+    """
+    found: list[tuple[Mapping[str, Any], str, Entry]] = []
     baseline, *others = artifacts
     for index, cell in enumerate(baseline["cells"]):
         deciding = {
@@ -47,8 +50,16 @@ def recommendation(artifacts: Sequence[Mapping[str, Any]]) -> list[Entry]:
             if metric != "peak_bytes" and "p_holm" in speedup
         }
         for metric in sorted(deciding):
-            found[cell["scenario"]] = _best(baseline, others, index, metric)
-    return [{"scenario": name, **entry} for name, entry in found.items()]
+            found.append((cell, metric, _best(baseline, others, index, metric)))
+    of = Counter(cell["scenario"] for cell, _, _ in found)
+    return [{"scenario": _named(cell, metric, of), **entry} for cell, metric, entry in found]
+
+
+def _named(cell: Mapping[str, Any], metric: str, of: Counter[str]) -> str:
+    name: str = cell["scenario"]
+    if of[name] == 1:
+        return name
+    return f"{name} {cell['batch']} x {cell['prompt_tokens']}, {metric}"
 
 
 def _best(

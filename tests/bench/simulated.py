@@ -6,12 +6,17 @@ import numpy as np
 
 from optpipe.bench import report
 from optpipe.bench.outcome import Outcome
-from optpipe.bench.scenario import Cell
+from optpipe.bench.scenario import Cell, Scenario
 from optpipe.bench.timed.clock import Trace
 from optpipe.bench.timed.measure import BenchConfig, Measured, Session, measure
 from optpipe.bench.timed.samples import AGAIN
 from optpipe.bench.worker import Iterate, Iteration, Loaded
 
+SCENARIOS = {
+    "single": Scenario(),
+    "long_text": Scenario(primary=["ttft_s"]),
+    "batch": Scenario(primary=["tokens_per_s"]),
+}
 CELLS = [Cell("single", 1, 8, 4), Cell("long_text", 1, 16, 2), Cell("batch", 4, 8, 4)]
 MS = 1_000_000
 VOCAB = 97
@@ -102,7 +107,7 @@ def session(machine, arms, workers, config=None, cells=CELLS, **fields):
         clock=machine.clock,
         meter=lambda: None,
     )
-    found = Measured()
+    found = Measured(scenarios=SCENARIOS)
     measure(given, cells, config, found, lambda *what: None)
     names = [name for name in workers if name != AGAIN]
     return Outcome(

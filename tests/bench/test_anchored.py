@@ -3,14 +3,14 @@ from functools import partial
 
 import numpy as np
 import pytest
-from simulated import CELLS, FACTS, TOLD, Machine, SimWorker
+from simulated import CELLS, FACTS, SCENARIOS, TOLD, Machine, SimWorker
 
 from optpipe.bench import report
 from optpipe.bench.outcome import Outcome
 from optpipe.bench.resident import Residents
 from optpipe.bench.timed import anchored, blocks, timing
 from optpipe.bench.timed.anchored import Alternation, probe, schedule
-from optpipe.bench.timed.measure import BenchConfig
+from optpipe.bench.timed.measure import BenchConfig, Measured
 
 
 def test_equal_neighbours_stay_loaded():
@@ -44,6 +44,7 @@ def alternating(arm, monkeypatch):
         left_out={},
         anchored={"big"},
         bench=BenchConfig(warmup_s=0.0),
+        measured=Measured(scenarios=SCENARIOS),
     )
 
     @contextmanager

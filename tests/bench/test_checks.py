@@ -158,6 +158,23 @@ def test_a_prefill_that_is_counted_twice_breaks_the_identity(judged, monkeypatch
     assert {e["verdict"] for e in speedups(found, "cheat").values()} == {"INVALID"}
 
 
+def test_an_arm_that_was_ended_is_not_accused_of_losing_requests(arm):
+    """What it answered before counts; why the rest is missing is said where it was ended."""
+
+    class Dies(SimWorker):
+        def result(self, doing, timeout_s=None):
+            if self.iterations > 8:
+                raise TimeoutError("no answer within 60 s")
+            return super().result(doing, timeout_s)
+
+    machine = Machine(0, sd=0.02, bursts=0)
+    workers = [SimWorker(machine, "baseline"), SimWorker(machine, AGAIN), Dies(machine, "cheat")]
+    arms = [arm("baseline"), arm("cheat")]
+    outcome = session(machine, arms, workers, CONFIG)
+    assert "no answer" in outcome.measured.dead["cheat"]
+    assert built(outcome)["run"]["invalid_reasons"] == []
+
+
 def test_an_artifact_edited_after_the_gate_is_invalid(judged):
     why = "artifact_changed: 0a was loaded, 0b is there now"
     found = judged(None, changed={"cheat": why})

@@ -4,6 +4,8 @@ import copy
 import csv
 import io
 import json
+import os
+import subprocess
 import sys
 import types
 
@@ -12,6 +14,17 @@ import reports
 
 from optpipe.bench import __main__ as command
 from optpipe.bench.pages import compare, schema
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
+    """csv FOLDER | head: the pipe is closed before all is written."""
+    folder = reports.save(reports.report(cells=2), tmp_path / "a")
+    read, write = os.pipe()
+    os.close(read)
+    call = [sys.executable, "-m", "optpipe.bench", "csv", str(folder)]
+    done = subprocess.run(call, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(write)
+    assert done.returncode == 0 and done.stderr == ""
 
 
 @pytest.fixture

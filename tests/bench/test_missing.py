@@ -6,10 +6,11 @@ from optpipe.artifact import Artifact
 from optpipe.bench import report
 from optpipe.bench.backend import BACKENDS, NOT_DRIVEN
 from optpipe.bench.fidelity import gate
-from optpipe.bench.run import _whole, measure_arms
+from optpipe.bench.run import _valid, _whole, measure_arms
 from optpipe.bench.scenario import Scenario
 from optpipe.bench.timed.measure import BenchConfig
 from optpipe.bench.worker import Arm
+from optpipe.errors import TimingError
 
 
 def test_it_is_never_loaded_and_the_report_says_why(arm):
@@ -33,3 +34,14 @@ def test_formats_that_no_runtime_here_opens_say_so_too(format, tmp_path):
     arm = Arm(name="a", artifact=artifact, dtype="float32", threads=1)
     assert arm.missing() == NOT_DRIVEN[format]
     assert format not in BACKENDS
+
+
+def test_a_verdict_that_is_invalid_changes_the_exit_code():
+    """Exit code 5 is that of TimingError; a verdict of any other kind raises nothing."""
+    entry = {"verdict": "SLOWER", "reason": "unstable: the machine was disturbed"}
+    cell = {"scenario": "single", "speedup": {"tpot_s": entry, "bytes": {"ratio": 2.0}}}
+    found = {"artifacts": [{"name": "engine", "cells": [cell]}]}
+    _valid(found)
+    entry["verdict"] = "INVALID"
+    with pytest.raises(TimingError, match="'engine', single, tpot_s: INVALID: unstable"):
+        _valid(found)

@@ -30,6 +30,7 @@ from optpipe.bench.worker import Arm, Loaded
 from optpipe.errors import GateError, StageError
 
 CELL, ONE = Cell("single", 2, 8, 3), Cell("one_token", 1, 8, 1)
+SCENARIOS = {"single": Scenario(), "one_token": Scenario(new_tokens=1, primary=[])}
 MS = 1_000_000
 FACTS = {
     "command": ["optpipe"],
@@ -87,7 +88,8 @@ def outcome(arm):
         windows = Windows(ids_WS=np.zeros((1, 11), np.int64), source=source, is_text=True)
         known = {
             "arms": given, "cells": cells, "sessions": [list(names)], "left_out": {},
-            "loaded": dict.fromkeys(names, told), "measured": Measured(samples=samples),
+            "loaded": dict.fromkeys(names, told),
+            "measured": Measured(samples=samples, scenarios=SCENARIOS),
             "windows": windows, "judged": Judged(scored=scored, windows=2),
             "bench": BenchConfig(blocks=7, max_blocks=7),
         }  # fmt: skip

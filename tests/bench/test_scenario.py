@@ -45,6 +45,24 @@ def test_there_are_the_scenarios_of_the_readme():
     assert names <= {path.stem for path in CONF}
 
 
+@pytest.mark.parametrize(
+    ("prompt", "new", "advice"),
+    [
+        (1, 200, r"'scenario.s.new_tokens=127' or fewer"),
+        (200, 28, r"'scenario.s.prompt_tokens=\[100\]' or fewer"),
+        (200, 200, r"prompt_tokens=\[64\]' and 'scenario.s.new_tokens=64'"),
+    ],
+)
+def test_what_is_advised_does_fit(prompt, new, advice):
+    with pytest.raises(InputError, match=advice):
+        check({"s": Scenario(prompt_tokens=[prompt], new_tokens=new)}, 128)
+
+
+def test_every_option_has_a_verdict_on_speed():
+    for path in CONF:
+        assert OmegaConf.load(path)[path.stem].primary, path
+
+
 def test_what_does_not_fit_is_refused_with_what_would():
     scenario = Scenario(prompt_tokens=[100, 97], new_tokens=32)
     check({"long": scenario}, 132)
@@ -59,6 +77,10 @@ def test_what_does_not_fit_is_refused_with_what_would():
         ({"batch": [0]}, r"batch=\[0\]"),
         ({"prompt_tokens": [8, -1]}, r"prompt_tokens=\[8, -1\]"),
         ({"new_tokens": 0}, "new_tokens=0"),
+        ({"primary": ["speed"]}, "'speed' is not one of ttft_s, prefill_s, tpot_s"),
+        ({"primary": ["queue_s"]}, "'queue_s' is not one of"),
+        ({"primary": ["e2e_s", "e2e_s"]}, "each metric once"),
+        ({"new_tokens": 1}, r"primary=\[ttft_s\]"),
     ],
 )
 def test_bad_values_are_refused(fields, message):

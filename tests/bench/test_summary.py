@@ -49,6 +49,16 @@ def test_the_recommendation_is_the_fastest_that_is_good_enough(others, best, why
     assert why in found["why"]
 
 
+def test_two_cells_of_a_scenario_are_two_recommendations():
+    base = {"name": "base", "quality": {}, "cells": [cell(1, 1.0, 1.0), cell(4, 1.0, 1.0)]}
+    quick = {**artifact("quick", 1.2, "FASTER", "near")}
+    quick["cells"] = [cell(1, 1.2, 1.3, verdict="FASTER"), cell(4, 0.8, 0.9, verdict="SLOWER")]
+    found = recommendation([base, quick])
+    assert [(one["scenario"], one["artifact"]) for one in found] == [
+        ("batch 1 x 8, tokens_per_s", "quick"), ("batch 4 x 8, tokens_per_s", "base"),
+    ]  # fmt: skip
+
+
 def test_without_verdicts_there_is_nothing_to_recommend():
     base = {"name": "base", "quality": {}, "cells": [cell(1, 1.0, 1.0)]}
     assert recommendation([base]) == []

@@ -4,7 +4,7 @@ import pytest
 from optpipe.bench.evidence.dependence import paired
 from optpipe.bench.evidence.statistics import exponential
 from optpipe.bench.evidence.verdict import Evidence, primary, verdicts
-from optpipe.bench.scenario import Cell
+from optpipe.bench.scenario import Cell, Scenario
 
 RNG = np.random.default_rng(0)
 
@@ -73,9 +73,22 @@ def test_the_family_is_chosen_before_anything_is_measured():
         Cell("single", 1, 128, 32), Cell("batch", 2, 128, 16), Cell("batch", 8, 128, 16),
         Cell("long_text", 1, 448, 16), Cell("long_text", 1, 896, 16), Cell("mine", 1, 8, 8),
     ]  # fmt: skip
-    found = primary(cells)
+    scenarios = {
+        "single": Scenario(),
+        "batch": Scenario(primary=["tokens_per_s", "e2e_s"]),
+        "long_text": Scenario(primary=["ttft_s"]),
+        "mine": Scenario(primary=[]),
+    }
+    found = primary(cells, scenarios)
     assert found[cells[0]] == ("tpot_s",)
-    assert found[cells[2]] == ("tokens_per_s", "peak_bytes")
+    assert found[cells[2]] == ("tokens_per_s", "e2e_s", "peak_bytes")
     assert found[cells[4]] == ("ttft_s",)
     assert found[cells[1]] == found[cells[3]] == found[cells[5]] == ()
-    assert primary([]) == {}
+    assert primary([], {}) == {}
+
+
+def test_a_scenario_of_the_user_s_has_a_verdict():
+    cells = [Cell("mine", 1, 8, 8), Cell("mine", 2, 8, 8)]
+    assert primary(cells, {"mine": Scenario()})[cells[1]] == ("tpot_s", "peak_bytes")
+    both = {"mine": Scenario(primary=["peak_bytes"])}
+    assert primary(cells, both)[cells[1]] == ("peak_bytes",), "once"

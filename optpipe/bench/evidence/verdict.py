@@ -7,12 +7,12 @@ it differs by less than delta; both p-values, doubled for two looks, go through 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from optpipe.bench.evidence.dependence import DEPENDENT, blocks_needed, smallest_effect
 from optpipe.bench.evidence.statistics import LEVEL, Shift, fewest_pairs, stepdown
-from optpipe.bench.scenario import Cell
+from optpipe.bench.scenario import Cell, Scenario
 
 FASTER, SLOWER, EQUIVALENT = "FASTER", "SLOWER", "EQUIVALENT"
 INCONCLUSIVE, INVALID = "INCONCLUSIVE", "INVALID"
@@ -46,20 +46,22 @@ class Verdict:
     """The smallest relative difference that these blocks find in 80 % of runs."""
 
 
-def primary(cells: Sequence[Cell]) -> dict[Cell, tuple[str, ...]]:
+def primary(
+    cells: Sequence[Cell], scenarios: Mapping[str, Scenario]
+) -> dict[Cell, tuple[str, ...]]:
     """The metrics of each cell that get a verdict, decided before anything is measured.
 
-    TPOT of single, TTFT of long_text at its longest, tokens/s of batch at its largest, and peak
-    memory of the cell that holds most tokens.
+    Those that its scenario names, at its largest batch and longest prompt; and the peak of memory
+    of the cell that holds most tokens.
     """
     found: dict[Cell, list[str]] = {cell: [] for cell in cells}
-    for cell in (c for c in cells if c.scenario == "single"):
-        found[cell].append("tpot_s" if cell.new_tokens > 1 else "ttft_s")
-    for scenario, metric in (("long_text", "ttft_s"), ("batch", "tokens_per_s")):
-        if own := [cell for cell in cells if cell.scenario == scenario]:
-            found[max(own, key=lambda c: (c.batch, c.prompt_tokens))].append(metric)
+    for name, scenario in scenarios.items():
+        own = [cell for cell in cells if cell.scenario == name]
+        if own:
+            found[max(own, key=lambda c: (c.batch, c.prompt_tokens))] += scenario.primary
     if cells:
-        found[max(cells, key=lambda c: c.batch * c.tokens)].append("peak_bytes")
+        largest = found[max(cells, key=lambda c: c.batch * c.tokens)]
+        largest += [metric for metric in ("peak_bytes",) if metric not in largest]
     return {cell: tuple(metrics) for cell, metrics in found.items()}
 
 

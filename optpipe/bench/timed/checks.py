@@ -7,7 +7,7 @@ laws that any honest runner obeys whatever its speed.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from optpipe.bench.evidence.statistics import median, ratio
 from optpipe.bench.scenario import Cell
@@ -29,8 +29,13 @@ TAINTED = 0.20
 FEWEST_PROMPTS = 3
 
 
-def failures(turns: Mapping[Key, Turns], floors: Floors) -> dict[Key, list[str]]:
-    """What each arm did wrong in each cell, as 'name: details'; only those that did."""
+def failures(
+    turns: Mapping[Key, Turns], floors: Floors, dead: Collection[str] = ()
+) -> dict[Key, list[str]]:
+    """What each arm did wrong in each cell, as 'name: details'; only those that did.
+
+    Arms that are ``dead`` were ended, which says why they did not answer.
+    """
     found: dict[Key, list[str]] = defaultdict(list)
     for (arm, cell), own in turns.items():
         if own.samples[0].served is not None:
@@ -44,7 +49,8 @@ def failures(turns: Mapping[Key, Turns], floors: Floors) -> dict[Key, list[str]]
             _varying(own.samples),
         )
         found[arm, cell] = [why for check in checks for why in check]
-    for key, why in (*_lost(turns), *_constant(turns), *_second_time(turns)):
+    alive = {key: own for key, own in turns.items() if key[0] not in dead}
+    for key, why in (*_lost(alive), *_constant(turns), *_second_time(turns)):
         found[key].append(why)
     return {key: reasons for key, reasons in found.items() if reasons}
 
@@ -87,15 +93,22 @@ def _stamps(cell: Cell, samples: Sequence[Sample]) -> Iterator[str]:
 
 
 def _identity(own: Turns) -> Iterator[str]:
-    """Queue + prefill = TTFT, and TTFT + TPOT for each further token = end to end."""
+    """The parts that are published, against the parent's clock around the whole request.
+
+    Queue, prefill and TPOT for each further token cannot take longer than the request did. What
+    they leave out is the matter of `hidden_work`.
+    """
     for sample, of in zip(own.samples, own.metrics, strict=True):
-        ttft, e2e = of["ttft_s"], of["e2e_s"]
-        if ttft is None or e2e is None:
+        queue, prefill = of["queue_s"], of["prefill_s"]
+        if queue is None or prefill is None or sample.done_ns is None:
             continue
-        decode = (of["tpot_s"] or 0.0) * (len(sample.token_ns) - 1)
-        prefill = (of["queue_s"] or 0.0) + (of["prefill_s"] or 0.0)
-        if abs(prefill - ttft) > IDENTITY * ttft or abs(ttft + decode - e2e) > IDENTITY * e2e:
-            yield "identity: its parts do not add up to the whole: something is counted twice"
+        parts = queue + prefill + (of["tpot_s"] or 0.0) * (len(sample.token_ns) - 1)
+        whole = (sample.done_ns - sample.submit_ns) / 1e9
+        if parts > (1 + IDENTITY) * whole:
+            yield (
+                f"identity: its parts take {parts:.3g} s of a request that took {whole:.3g} s: "
+                "something is counted twice"
+            )
             return
 
 

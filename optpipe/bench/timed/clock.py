@@ -24,6 +24,8 @@ Clock = Callable[[], int]
 LATENCIES = ("ttft_s", "queue_s", "prefill_s", "tpot_s", "e2e_s")
 """Metrics of which less is better."""
 METRICS = (*LATENCIES, "tokens_per_s")
+COMPARED = (*(metric for metric in METRICS if metric != "queue_s"), "peak_bytes")
+"""What arms are compared in, and so what a verdict may be about."""
 NO_STAMPS = "its time stamps are missing or run backwards"
 ONE_TOKEN = "one output token: there is no gap between tokens to time"
 

@@ -35,7 +35,7 @@ def measure(
     rng = np.random.default_rng([config.seed, session.number])
     # short cells first: an allocator that keeps its peak would pass it on to the cells after it
     order = sorted(cells, key=lambda cell: cell.batch * cell.tokens)
-    deciding, total = primary(cells), STEPS * len(cells)
+    deciding, total = primary(cells, found.scenarios), STEPS * len(cells)
     for index, cell in enumerate(order):
         blocks = Blocks(session=session, cell=cell, config=config, found=found, rng=rng)
         timer = Timer(blocks=blocks, primary=deciding[cell])
