@@ -22,6 +22,17 @@ def opened(arm):
     return worker
 
 
+def test_the_parent_rests_while_a_worker_works(arm):
+    """Less than 2 % of a core: it waits on a pipe, and never looks whether there is something."""
+    with Worker(arm("slow", prefill_s=0.5, decode_s=0.5)) as worker:
+        worker.imported()
+        worker.load(60)
+        begin, used = time.perf_counter(), time.process_time()
+        worker.ask(question(), CELL, 60)
+        taken = time.perf_counter() - begin
+        assert taken >= 1.5 and time.process_time() - used < 0.02 * taken
+
+
 def test_a_worker_measures_the_delays_it_was_given(arm):
     planned = {"ttft_s": 0.2, "tpot_s": 0.05, "e2e_s": 0.3}
     with Worker(arm("slow", prefill_s=0.2, decode_s=0.05)) as worker:
