@@ -15,13 +15,16 @@ import optpipe
 from optpipe import model
 from optpipe.calibrate import Calib
 from optpipe.checkpoint import Checkpoint
+from optpipe.lowrank.asvd import Asvd
 from optpipe.lowrank.svd import Svd
 from optpipe.lowrank.svdllm import SvdLlm
+from optpipe.prune.admm import Admm
 from optpipe.prune.magnitude import Magnitude
 from optpipe.prune.sparsegpt import SparseGpt
 from optpipe.prune.wanda import Wanda
 from optpipe.quant.gptq import Gptq
 from optpipe.quant.rtn import Rtn
+from optpipe.residual.qera import Qera
 from optpipe.text import tokenize
 
 DEMO = Path(optpipe.__file__).parent / "demo"
@@ -45,12 +48,14 @@ def perplexity(folder):
 
 @pytest.fixture
 def cost(run):
-    """cost(stage) -> perplexity after it, over that of the model as it is."""
+    """cost(stages) -> perplexity after them, over that of the model as it is."""
     baseline = perplexity(DEMO)
 
-    def found(stage):
-        ratio = perplexity(run(stage, DEMO).path) / baseline
-        print(f"\n{ratio - 1:+8.2%}  {stage}")
+    def found(*stages, source=DEMO):
+        for stage in stages:
+            source = run(stage, source, baseline=DEMO)
+        ratio = perplexity(source.path) / baseline
+        print(f"\n{ratio - 1:+8.2%}  {' | '.join(map(str, stages))}")
         return ratio
 
     return found
@@ -83,14 +88,28 @@ def test_bad_methods_hurt(cost):
 
 
 @pytest.mark.slow
-def test_whitened_svd_beats_plain_svd(cost):
+def test_svd_that_knows_the_inputs_beats_plain_svd(cost):
     targets = ["*o_proj", "*up_proj"]
-    ours = cost(SvdLlm(keep=0.8, targets=targets, calib=CALIB))
-    assert ours < cost(Svd(keep=0.8, targets=targets))
+    ours, asvd = (cost(s(keep=0.8, targets=targets, calib=CALIB)) for s in (SvdLlm, Asvd))
+    assert ours < asvd < cost(Svd(keep=0.8, targets=targets))
 
 
 @pytest.mark.slow
-def test_sparsegpt_beats_wanda_and_that_magnitude(cost):
-    methods = SparseGpt(calib=CALIB), Wanda(calib=CALIB), Magnitude()
-    ours, wanda, magnitude = map(cost, methods)
-    assert ours < wanda < magnitude
+def test_admm_beats_sparsegpt_that_wanda_and_that_magnitude(cost):
+    """Of what half of the weights cost, each of the good ones takes back a third or more."""
+    methods = Admm(calib=CALIB), SparseGpt(calib=CALIB), Wanda(calib=CALIB), Magnitude()
+    admm, sparsegpt, wanda, magnitude = map(cost, methods)
+    assert sparsegpt < wanda < magnitude
+    assert recovered(magnitude, sparsegpt) > 0.3 and recovered(sparsegpt, admm) > 0.3
+
+
+@pytest.mark.slow
+def test_a_low_rank_correction_takes_back_a_quarter_of_what_three_bits_cost(cost):
+    quantized = Gptq(bits=3, group_size=32, calib=CALIB)
+    alone, corrected = cost(quantized), cost(quantized, Qera(calib=CALIB))
+    assert recovered(alone, corrected) > 0.25
+
+
+def recovered(naive, better):
+    """The share of what the naive method costs that the better one takes back."""
+    return (naive - better) / (naive - 1)

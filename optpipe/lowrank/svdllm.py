@@ -72,8 +72,10 @@ class SvdLlm(Factorize):
     allocation: str = "uniform"
     """'uniform': the same share of every layer; 'allocator': the same share of all of them, where
     it costs the loss of the model least. A layer may stay whole then."""
-    refit: bool = True
-    """Solve for the left factor once more, so that it makes up for what earlier blocks lost."""
+    refit: bool = False
+    """Solve for the left factor once more, so that it makes up for what earlier blocks lost. Of no
+    use to the bundled model: perplexity +13.7 % with and without where o_proj and up_proj keep
+    80 %, +154 % instead of +90 % where all layers do."""
     calib: Calib = field(default_factory=Calib)
 
     def __post_init__(self) -> None:

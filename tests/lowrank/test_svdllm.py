@@ -108,7 +108,7 @@ def compared(seed=0, rows=24, cols=40, tokens=400):
 
 def test_the_refitted_factor_is_the_least_squares_solution():
     weight, x0, x, statistic = compared()
-    left, right = SvdLlm().factors(weight, 8, statistic)
+    left, right = SvdLlm(refit=True).factors(weight, 8, statistic)
     expected = torch.linalg.lstsq(x @ right.T, x0 @ weight.T).solution.T
     torch.testing.assert_close(left, expected)
     plain = SvdLlm(refit=False).factors(weight, 8, statistic)[0]
@@ -120,7 +120,7 @@ def test_where_nothing_was_compressed_before_a_refit_changes_nothing():
     weight, x0, _, _ = compared()
     statistic = Cross(40)
     statistic.pair(x0, x0)
-    left = SvdLlm().factors(weight, 8, statistic)[0]
+    left = SvdLlm(refit=True).factors(weight, 8, statistic)[0]
     torch.testing.assert_close(left, whitened(weight, statistic.mean_CC, 8)[0])
 
 
@@ -128,7 +128,7 @@ def test_directions_without_inputs_do_not_break_a_refit():
     weight, x0, _, _ = compared()
     statistic = Cross(40)
     statistic.pair(x0 * (torch.arange(40) < 5), x0)
-    assert torch.isfinite(SvdLlm().factors(weight, 8, statistic)[0]).all()
+    assert torch.isfinite(SvdLlm(refit=True).factors(weight, 8, statistic)[0]).all()
 
 
 @settings(deadline=None, max_examples=15)
