@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from optpipe import model
@@ -51,7 +52,7 @@ def read_back(artifact: Artifact, reference: Artifact) -> Stats:
             _check_scale(name, float(stored), cache[name])
             continue
         wanted, exact = _wanted(source, layers, name)
-        quantized += exact
+        quantized += exact and torch.equal(stored.float(), wanted)
         wanted = wanted if exact else wanted.to(stored.dtype).float()
         again = AGAIN if artifact.format == "trtllm_legacy" and _one_fp8_scale(layers, name) else 0
         if not _same(stored.float(), wanted, again, 0 if exact else EXACT):
