@@ -63,7 +63,8 @@ def _design(outcome: Outcome, judgement: Judgement) -> Entry:
         ],
         "quality": {**(windows.source if windows else NO_WINDOWS), "windows": judged.windows},
         "interval": f"{LEVEL:.0%} over all looks ({100 * bench.level:.4g} % each), "
-        "Hodges-Lehmann and signed rank on paired log-ratios",
+        "on paired log-ratios: signed rank around the Hodges-Lehmann estimate, and the "
+        "mean of an AR(1) series, whichever reaches farther",
         "looks": list(bench.looks),
         "delta": bench.delta,
         "resolution": judgement.resolution,

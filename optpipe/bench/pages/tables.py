@@ -34,9 +34,11 @@ NOT_INCLUDED = (
     "Peak memory is that of the worker's whole process, runtime libraries included, on a CPU; what "
     "torch allocated on a GPU.",
     "x: how many times better than the baseline in the same block, above 1 is better; in brackets "
-    "the 95 % interval. Many ratios are shown: one in twenty intervals misses by chance.",
-    "Verdicts are on metrics chosen beforehand, FASTER and SLOWER with an error of at most 5 % for "
-    "all of a report together (Holm) where blocks do not depend on each other: EQUIVALENT if the "
+    "the interval, which is wider at each look (97.5 % of two) so that all looks together keep "
+    "95 %. Many ratios are shown: one in twenty intervals misses by chance.",
+    "Verdicts are on metrics chosen beforehand (primary of a scenario), FASTER, SLOWER and "
+    "EQUIVALENT with an error of at most 5 % for all of a report together (Holm, Shaffer), also "
+    "where neighbouring blocks are alike: EQUIVALENT if the "
     "whole interval lies within a negligible difference, "
     "INCONCLUSIVE if the blocks do not decide, INVALID if a check failed that any honest "
     "measurement passes.",
