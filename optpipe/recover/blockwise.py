@@ -39,7 +39,7 @@ class Blockwise(Stage):
 
     tokens: int = 131_072
     """Calibration tokens that every block is trained on; the same text comes again and again."""
-    rate: float = 0.003
+    rate: float = 0.01
     """Most that a step changes a weight, in units of its tensor's root mean square."""
     batch: int = 4
     """Samples of a step."""

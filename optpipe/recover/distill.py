@@ -42,7 +42,7 @@ MODES = (FULL, LORA)
 class Distill(Stage):
     """Changes no form: masks, codes and ranks stay. An eighth of the samples only judges."""
 
-    tokens: int = 262_144
+    tokens: int = 131_072
     """Calibration tokens that the model is trained on; the same text comes again and again."""
     rate: float = 0.003
     """Most that a step changes a weight, in units of its tensor's root mean square."""
