@@ -33,12 +33,8 @@ Change = Callable[[str, nn.Module, Any], nn.Module]
 def select(layers: Layers, targets: Iterable[str], head: bool = False) -> frozenset[str]:
     """Names in the blocks that match a pattern, and that of the output projection if ``head``.
 
-    Raises ValueError for a pattern that matches none, if nothing is chosen, and after a correction.
+    Raises ValueError for a pattern that matches none, and if nothing is chosen.
     """
-    if corrected := next((name for name in layers if name.endswith(".residual.left")), None):
-        raise ValueError(
-            f"'{corrected}' corrects a layer as it is; what changes layers comes before 'residual'"
-        )
     names = [name for name in layers if name != HEAD]
     chosen = {HEAD} if head else set()
     for pattern in targets:

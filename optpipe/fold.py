@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from optpipe.errors import InputError
 from optpipe.family import Block, Decoder
-from optpipe.linear import Layers, LowRank
+from optpipe.linear import LowRank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,15 +69,6 @@ def values(decoder: Decoder, block: Block) -> Fold:
         repeat=decoder.heads // decoder.kv_heads,
         size=decoder.head_dim,
     )
-
-
-def check_dense(layers: Layers) -> None:
-    """Raises ValueError if a layer is quantized: its codes cannot take a factor of each input."""
-    for name, form in layers.items():
-        if form.bits is not None:
-            raise ValueError(
-                f"layer '{name}' is quantized already, to {form.bits} bits; fold before that"
-            )
 
 
 def input_part(lm: nn.Module, name: str) -> nn.Linear:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from optpipe import model
 from optpipe.artifact import Artifact, Stats, owner
@@ -28,7 +28,7 @@ from optpipe.build.twin import exact_checkpoint, exact_graph
 from optpipe.checkpoint import Checkpoint
 from optpipe.errors import GateError
 from optpipe.export.readback import READERS, read_back
-from optpipe.linear import Layers, mask_of, weight_of
+from optpipe.linear import Layers, Quantized, mask_of, weight_of
 from optpipe.plan import departure
 from optpipe.prune.mask import ROW, follows
 
@@ -161,10 +161,8 @@ def _layer_facts(checkpoint: Checkpoint, forms: Layers, parent: Checkpoint) -> S
         weight, mask = weight_of(module), mask_of(module)
         if not bool(torch.isfinite(weight).all()):
             raise GateError(f"layer '{name}' holds weights that are not finite")
-        if name in before and before[name].pattern:
-            old = mask_of(model.part(name, before, parent))
-            if mask is None or old is None or not torch.equal(mask, old):
-                raise GateError(f"layer '{name}' lost the mask it was pruned with")
+        if name in before:
+            _check_kept(name, module, model.part(name, before, parent))
         if mask is not None:
             _check_mask(name, weight, mask, form.pattern or ROW)
         kept = 1.0 if mask is None else float(mask.float().mean())
@@ -178,6 +176,19 @@ def _layer_facts(checkpoint: Checkpoint, forms: Layers, parent: Checkpoint) -> S
             replaced = 0 if layer.endswith(".residual") else left.rows * form.cols
             original += replaced - (left.rows + form.cols) * form.rows
     return {"sparsity": zeros / weights, "bits_per_weight": bits / original, "ranks": ranks}
+
+
+def _check_kept(name: str, module: nn.Module, before: nn.Module) -> None:
+    """Raise GateError unless a layer has the mask and the codes that it had before the stage."""
+    mask, old = mask_of(module), mask_of(before)
+    if old is not None and (mask is None or not torch.equal(mask, old)):
+        raise GateError(f"layer '{name}' lost the mask it was pruned with")
+    if isinstance(before, Quantized):
+        zeros = before.zeros
+        if not isinstance(module, Quantized) or not torch.equal(module.codes, before.codes):
+            raise GateError(f"layer '{name}' lost the codes it was quantized to")
+        if zeros is not None and (module.zeros is None or not torch.equal(module.zeros, zeros)):
+            raise GateError(f"layer '{name}' lost the zero points it was quantized with")
 
 
 def _check_mask(name: str, weight_RC: Tensor, mask_RC: Tensor, pattern: str) -> None:

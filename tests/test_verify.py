@@ -16,7 +16,7 @@ from optpipe.errors import GateError
 from optpipe.export.onnx import Onnx
 from optpipe.prune.magnitude import Magnitude
 from optpipe.quant.rtn import Rtn
-from optpipe.verify import TOLERANCES, verify
+from optpipe.verify import TOLERANCES, verify, verify_checkpoint
 
 INDEX = torch.tensor([0])
 
@@ -147,3 +147,20 @@ def test_short_contexts_are_verified_too(run, source):
 def test_reports_can_hold_the_facts(run, source):
     made = run(Rtn(group_size=32), source)
     json.dumps(verify(replace(made, lineage=("quant",)), source, layers(made)), allow_nan=False)
+
+
+def test_codes_that_a_later_stage_changed_are_caught(run, tiny):
+    """Scales may move, as in recovery; what they scale may not."""
+    before = run(Rtn(group_size=32), tiny())
+    forms = Checkpoint(before.path).forms
+    for part, caught in (("scales", False), ("codes", True)):
+        after = run(Rtn(group_size=32), tiny())
+        file = after.path / "model.layers.1.safetensors"
+        tensors = load_file(file)
+        tensors[f"model.layers.1.mlp.up_proj.{part}"].flatten()[:1] += 1
+        save_file(tensors, file, metadata={"format": "pt"})
+        if caught:
+            with pytest.raises(GateError, match=r"up_proj' lost the codes it was quantized to"):
+                verify_checkpoint(after, before, forms)
+        else:
+            verify_checkpoint(after, before, forms)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optpipe import model
+from optpipe import model, order
 from optpipe.artifact import Artifact, Stats
 from optpipe.blockwise import rewrite, select
 from optpipe.calibrate import Observation
@@ -56,6 +56,7 @@ class Factorize(Stage):
 
     def plan(self, layers: Layers) -> Layers:
         chosen = select(layers, self.targets)
+        order.check("factorize", layers, chosen)
         planned: Layers = {}
         for name, form in layers.items():
             if name not in chosen:
@@ -67,14 +68,6 @@ class Factorize(Stage):
         return planned
 
     def _checked_rank(self, name: str, form: Form) -> int:
-        if form.bits is not None:
-            raise ValueError(f"layer '{name}' is quantized already; factorize before that")
-        if form.pattern is not None:
-            raise ValueError(
-                f"layer '{name}' is pruned ({form.pattern}); two factors would lose its mask"
-            )
-        if name.endswith((".left", ".right")):
-            raise ValueError(f"layer '{name}' is a factor already")
         if (rank := self.most(form)) < 1:
             raise ValueError(
                 f"keep={self.keep} leaves layer '{name}' ({form.rows} x {form.cols}) no rank that "

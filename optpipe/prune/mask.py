@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optpipe import model
+from optpipe import model, order
 from optpipe.artifact import Artifact, Stats
 from optpipe.blockwise import rewrite, select
 from optpipe.calibrate import Observation
@@ -97,14 +97,11 @@ class Prune(Stage):
 
     def plan(self, layers: Layers) -> Layers:
         planned, chosen = dict(layers), select(layers, self.targets)
+        order.check("prune", layers, chosen)
         of = (parse_pattern(self.pattern) or (1, 1))[1]
         for name, form in layers.items():
             if name not in chosen:
                 continue
-            if form.bits is not None:
-                raise ValueError(f"layer '{name}' is quantized already; prune before that")
-            if form.pattern is not None:
-                raise ValueError(f"layer '{name}' is pruned already ({form.pattern})")
             if divisor(name, form) % of:
                 raise ValueError(
                     f"pattern {self.pattern} does not fit layer '{name}': {of} does not divide "

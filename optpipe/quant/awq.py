@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from optpipe import order
 from optpipe.calibrate import Calib, Gram, Observation
 from optpipe.checkpoint import Checkpoint
 from optpipe.errors import InputError
 from optpipe.family import Block
-from optpipe.fold import Fold, check_dense, divide, folds, input_part, shared
+from optpipe.fold import Fold, divide, folds, input_part, shared
 from optpipe.kvcache import check_unrounded
 from optpipe.linear import Form, Layers, Quantized
 from optpipe.quant.clip import fit_output
@@ -49,7 +50,7 @@ class Awq(WeightOnly):
             raise ValueError(f"exponents must be at least 1, got {self.exponents}")
 
     def plan(self, layers: Layers) -> Layers:
-        check_dense(layers)
+        order.check("fold", layers)
         return super().plan(layers)
 
     def inputs(self, model: Checkpoint) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optpipe import model
+from optpipe import model, order
 from optpipe.artifact import Artifact, Stats
 from optpipe.blockwise import rewrite, select
 from optpipe.calibrate import Observation
@@ -148,11 +148,10 @@ class Quantize(Stage):
 
     def plan(self, layers: Layers) -> Layers:
         planned, chosen = dict(layers), select(layers, self.targets, self.head)
+        order.check("quantize", layers, chosen)
         for name, form in layers.items():
             if name not in chosen:
                 continue
-            if form.bits is not None:
-                raise ValueError(f"layer '{name}' is quantized already, to {form.bits} bits")
             planned[name] = self.form(name, form)
         return planned
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optpipe import model
+from optpipe import model, order
 from optpipe.artifact import Artifact, Stats
 from optpipe.blockwise import rewrite, select
 from optpipe.calibrate import Calib, Gram
@@ -43,6 +43,7 @@ class Qera(Stage):
 
     def plan(self, layers: Layers) -> Layers:
         chosen = select(layers, self.targets)
+        order.check("correct", layers, chosen)
         planned: Layers = {}
         for name, form in layers.items():
             planned[name] = form
@@ -53,8 +54,6 @@ class Qera(Stage):
         return planned
 
     def _check(self, name: str, form: Form) -> None:
-        if name.endswith((".left", ".right")):
-            raise ValueError(f"layer '{name}' is a factor, which no original weight is known of")
         if form.bits is None and form.pattern is None:
             raise ValueError(f"layer '{name}' is neither quantized nor pruned: nothing to correct")
         if self.rank * (form.rows + form.cols) >= form.rows * form.cols:

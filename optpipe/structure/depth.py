@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from optpipe import model
+from optpipe import model, order
 from optpipe.artifact import Artifact, Stats
 from optpipe.calibrate import Calib
 from optpipe.checkpoint import Checkpoint, Writer
@@ -26,7 +26,7 @@ from optpipe.family import Decoder
 from optpipe.flow import advance, call, start
 from optpipe.linear import Layers
 from optpipe.stage import Progress, Stage
-from optpipe.structure.resize import check_dense, parameters, shortened, source_blocks
+from optpipe.structure.resize import parameters, shortened, source_blocks
 
 GREEDY, INFLUENCE = "greedy", "influence"
 SCORES = (GREEDY, INFLUENCE)
@@ -50,7 +50,7 @@ class Depth(Stage):
             raise ValueError(f"score must be one of {SCORES}, got '{self.score}'")
 
     def plan(self, layers: Layers) -> Layers:
-        check_dense(layers)
+        order.check("structure", layers)
         return layers
 
     def resize(self, config: Any) -> Any:

@@ -7,7 +7,6 @@ import math
 from typing import Any
 
 from optpipe.family import describe
-from optpipe.linear import Layers
 from optpipe.model import shapes_of
 
 ATTENTION, MLP = "attention", "mlp"
@@ -79,17 +78,3 @@ def source_blocks(config: Any) -> list[int]:
 def parameters(config: Any) -> int:
     """Elements of all weights of a dense model with this config, a tied head counted once."""
     return sum(math.prod(shape) for shape in shapes_of(config).values())
-
-
-FIRST = "structured pruning comes before everything else, on a dense model"
-
-
-def check_dense(layers: Layers) -> None:
-    """Raise ValueError for a compressed layer: a cut would break its mask, grid or factors."""
-    for name, form in layers.items():
-        if form.bits is not None:
-            raise ValueError(f"layer '{name}' is quantized already; {FIRST}")
-        if form.pattern is not None:
-            raise ValueError(f"layer '{name}' is pruned already ({form.pattern}); {FIRST}")
-        if name.endswith((".left", ".right")):
-            raise ValueError(f"layer '{name}' is a factor; {FIRST}")

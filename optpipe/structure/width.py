@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from optpipe import model
+from optpipe import model, order
 from optpipe.artifact import Artifact, Stats
 from optpipe.blockwise import close_like_source, like_source
 from optpipe.calibrate import Calib, Gram
@@ -34,7 +34,7 @@ from optpipe.flow import advance, observe, start
 from optpipe.linear import Layers, dense
 from optpipe.prune.mask import all_but_lowest
 from optpipe.stage import Progress, Stage
-from optpipe.structure.resize import check_dense, narrowed, parameters
+from optpipe.structure.resize import narrowed, parameters
 from optpipe.structure.taylor import gradient_scores
 
 FLAP, TAYLOR = "flap", "taylor"
@@ -178,7 +178,7 @@ class Width(Stage):
             raise ValueError(f"damp must be above 0 and finite, got {self.damp}")
 
     def plan(self, layers: Layers) -> Layers:
-        check_dense(layers)
+        order.check("structure", layers)
         return layers
 
     def resize(self, config: Any) -> Any:

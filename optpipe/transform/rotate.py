@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from optpipe import model
+from optpipe import model, order
 from optpipe.artifact import Artifact, Stats
 from optpipe.blockwise import block_tensors, write_ends
 from optpipe.checkpoint import Checkpoint, Writer, untie
@@ -25,7 +25,6 @@ from optpipe.errors import InputError
 from optpipe.family import Block, Decoder
 from optpipe.fold import (
     absorb,
-    check_dense,
     input_part,
     output_part,
     put,
@@ -69,13 +68,7 @@ class Rotate(Stage):
         return self.residual
 
     def plan(self, layers: Layers) -> Layers:
-        check_dense(layers)
-        for name, form in layers.items():
-            if form.pattern is not None:
-                raise ValueError(
-                    f"layer '{name}' is pruned ({form.pattern}), and a rotation would fill its "
-                    "zeros; rotate before pruning, or leave one of them out"
-                )
+        order.check("rotate", layers)
         return layers
 
     def inputs(self, model: Checkpoint) -> None:

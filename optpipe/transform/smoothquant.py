@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from optpipe import model
+from optpipe import model, order
 from optpipe.artifact import Artifact, Stats
 from optpipe.blockwise import rewrite
 from optpipe.calibrate import Calib, Peak
 from optpipe.checkpoint import Checkpoint
 from optpipe.family import Block, Decoder
-from optpipe.fold import Fold, check_dense, divide, folds, input_part, shared
+from optpipe.fold import Fold, divide, folds, input_part, shared
 from optpipe.kvcache import check_unrounded
 from optpipe.linear import Layers
 from optpipe.stage import Progress, Stage
@@ -46,7 +46,7 @@ class SmoothQuant(Stage):
             raise ValueError(f"alpha must be between 0 and 1, got {self.alpha}")
 
     def plan(self, layers: Layers) -> Layers:
-        check_dense(layers)
+        order.check("fold", layers)
         return layers
 
     def inputs(self, model: Checkpoint) -> str:
