@@ -8,6 +8,7 @@ layers look at a window only, a prompt longer than that.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -84,7 +85,7 @@ def verify(artifact: Artifact, reference: Artifact, planned: Layers | None) -> S
         return verify_plan(artifact, reference, planned)
     # it computes what its torch model does, so it has the zeros and the ranks of that one
     same = reference.stats.get("verified", {})
-    facts = {key: same[key] for key in ("sparsity", "ranks") if key in same}
+    facts = {key: same[key] for key in ("parameters", "sparsity", "ranks") if key in same}
     if artifact.format in READERS:
         return {**facts, "read_back": read_back(artifact, reference)}
     source = Checkpoint(reference.path)
@@ -140,6 +141,7 @@ def verify_checkpoint(artifact: Artifact, parent: Artifact, planned: Layers | No
     if planned is not None and (name := departure(forms, planned)) is not None:
         raise GateError(f"layer '{name}' became {forms.get(name)}, planned {planned.get(name)}")
     facts = _layer_facts(checkpoint, forms, Checkpoint(parent.path))
+    _check_claims(artifact.stats, facts)
     ids_T = torch.from_numpy(_ids(checkpoint.decoder.vocab, 1, PROMPTS[0])[0])
     if not bool(torch.isfinite(final_logits(checkpoint, ids_T)).all()):
         raise GateError(f"the model after '{artifact.name}' gives logits that are not finite")
@@ -175,7 +177,37 @@ def _layer_facts(checkpoint: Checkpoint, forms: Layers, parent: Checkpoint) -> S
             ranks[layer], left = form.rows, forms[f"{layer}.left"]
             replaced = 0 if layer.endswith(".residual") else left.rows * form.cols
             original += replaced - (left.rows + form.cols) * form.rows
-    return {"sparsity": zeros / weights, "bits_per_weight": bits / original, "ranks": ranks}
+    return {
+        "parameters": _parameters(checkpoint, forms),
+        "sparsity": zeros / weights,
+        "bits_per_weight": bits / original,
+        "ranks": ranks,
+    }
+
+
+def _parameters(checkpoint: Checkpoint, forms: Layers) -> int:
+    """Weights of the model, zeros included, each in however few bits; a tied head once."""
+    tied = checkpoint.decoder.head if checkpoint.head_is_embedding else None
+    found = sum(form.rows * form.cols for name, form in forms.items() if name != tied)
+    for name, shape in checkpoint.shapes().items():
+        owner, _, part = name.rpartition(".")
+        if owner not in forms or part == "bias":
+            found += math.prod(shape)
+    return found
+
+
+def _check_claims(claimed: Stats, found: Stats) -> None:
+    """Raise GateError unless the files hold what the stage says they do."""
+    parameters, sparsity = claimed.get("parameters"), claimed.get("sparsity", 0.0)
+    if parameters not in (None, found["parameters"]):
+        raise GateError(f"{parameters} parameters were claimed, {found['parameters']} are there")
+    if found["sparsity"] < sparsity - 1e-6:
+        raise GateError(f"a sparsity of {sparsity} was claimed, {found['sparsity']} is there")
+    for name, rank in claimed.get("ranks", {}).items():
+        if found["ranks"].get(name, rank) != rank:
+            raise GateError(
+                f"rank {rank} was claimed for '{name}', {found['ranks'][name]} is there"
+            )
 
 
 def _check_kept(name: str, module: nn.Module, before: nn.Module) -> None:

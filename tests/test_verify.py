@@ -14,6 +14,7 @@ from optpipe.build.ort import Ort
 from optpipe.checkpoint import Checkpoint
 from optpipe.errors import GateError
 from optpipe.export.onnx import Onnx
+from optpipe.lowrank.svd import Svd
 from optpipe.prune.magnitude import Magnitude
 from optpipe.quant.rtn import Rtn
 from optpipe.verify import TOLERANCES, verify, verify_checkpoint
@@ -164,3 +165,22 @@ def test_codes_that_a_later_stage_changed_are_caught(run, tiny):
                 verify_checkpoint(after, before, forms)
         else:
             verify_checkpoint(after, before, forms)
+
+
+@pytest.mark.parametrize(
+    ("claim", "message"),
+    [
+        ({"parameters": 5}, "5 parameters were claimed"),
+        ({"sparsity": 0.9}, r"a sparsity of 0\.9 was claimed"),
+        ({"ranks": {"model.layers.0.mlp.up_proj": 12}}, "rank 12 was claimed for 'model.layers.0"),
+    ],
+)
+def test_what_was_claimed_must_be_there(claim, message, run, tiny):
+    before = Artifact(path=tiny(), format="hf", key="k")
+    after = run(Svd(rank_multiple=8, targets=["*.up_proj"]), tiny())
+    forms = Checkpoint(after.path).forms
+    honest = verify_checkpoint(after, before, forms)
+    lm = model.load(Checkpoint(after.path))
+    assert honest["parameters"] == sum(p.numel() for p in lm.parameters())
+    with pytest.raises(GateError, match=message):
+        verify_checkpoint(replace(after, stats=claim), before, forms)
