@@ -12,6 +12,7 @@ Shapes: S samples, T tokens, H hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -70,11 +71,15 @@ class Blockwise(Stage):
         flow = start(lm, blocks, ids_ST).to(device)
         errors = []
         for index, block in enumerate(blocks):
-            progress(block.name, index, len(blocks))
             module = model.fill(lm, block.name, student, torch.float32).to(device)
             tuning = Tuning(lm, student)
             tuning.add_block(block)
-            errors.append(self._reconstruct(Task(module, flow, index, teacher.targets()), tuning))
+            task = Task(module, flow, index, teacher.targets())
+
+            def report(step: int, steps: int, name: str = block.name, done: int = index) -> None:
+                progress(name, done * steps + step, len(blocks) * steps)
+
+            errors.append(self._reconstruct(task, tuning, report))
             advance(module, flow, index)
             module.to("cpu")
             writer.add(block.name, like_source(lm, block, student, layers))
@@ -89,13 +94,16 @@ class Blockwise(Stage):
         """Steps that the budget pays for, of samples of ``tokens``."""
         return -(-self.tokens // (self.batch * tokens))
 
-    def _reconstruct(self, task: Task, tuning: Tuning) -> tuple[float, float]:
+    def _reconstruct(
+        self, task: Task, tuning: Tuning, report: Callable[[int, int], None]
+    ) -> tuple[float, float]:
         """Train one block; its error before and after."""
         state, before = tuning.state(), task.error()
         samples, steps = len(task.targets), self.steps(task.targets[0].shape[1])
         optimizer = tuning.optimizer(self.rate)
         schedule = LambdaLR(optimizer, lambda step: rate_at(step, steps))
-        for chosen in batches(samples, self.batch, steps, self.calib.seed):
+        for step, chosen in enumerate(batches(samples, self.batch, steps, self.calib.seed)):
+            report(step, steps)
             optimizer.zero_grad()
             with torch.enable_grad():
                 task.loss(chosen).backward()
