@@ -40,7 +40,11 @@ MODES = (FULL, LORA)
 
 @dataclass(frozen=True, kw_only=True)
 class Distill(Stage):
-    """Changes no form: masks, codes and ranks stay. An eighth of the samples only judges."""
+    """Changes no form: masks, codes and ranks stay.
+
+    An eighth of the samples only judges; a stage before that was calibrated on the same text has
+    seen them, so that it looks better there than it is.
+    """
 
     tokens: int = 131_072
     """Calibration tokens that the model is trained on; the same text comes again and again."""
