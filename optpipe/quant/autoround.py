@@ -19,14 +19,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from optpipe import model
+from optpipe import model, order
 from optpipe.artifact import Artifact, Stats
 from optpipe.blockwise import block_tensors, write_ends
 from optpipe.calibrate import Calib
 from optpipe.checkpoint import Checkpoint, Writer
 from optpipe.errors import InputError
 from optpipe.family import HEAD
-from optpipe.fold import check_dense
 from optpipe.linear import PER_CHANNEL, Form, Layers, Quantized
 from optpipe.quant.grid import BITS, GROUP_SIZES
 from optpipe.stage import Progress, Stage
@@ -53,7 +52,7 @@ class AutoRound(Stage):
             raise ValueError(f"iterations must be at least 1, got {self.iterations}")
 
     def plan(self, layers: Layers) -> Layers:
-        check_dense(layers)
+        order.check("fold", layers)
         return {n: form if n == HEAD else self.form(n, form) for n, form in layers.items()}
 
     def form(self, name: str, form: Form) -> Form:

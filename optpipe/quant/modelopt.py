@@ -22,14 +22,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from optpipe import model
+from optpipe import model, order
 from optpipe.artifact import Artifact, Stats
 from optpipe.blockwise import block_tensors, write_ends
 from optpipe.calibrate import Calib
 from optpipe.checkpoint import Checkpoint, Writer
 from optpipe.errors import InputError
 from optpipe.family import HEAD
-from optpipe.fold import Fold, check_dense, divide, folds, shared
+from optpipe.fold import Fold, divide, folds, shared
 from optpipe.kvcache import check_unrounded
 from optpipe.linear import (
     FP8,
@@ -116,7 +116,7 @@ class Modelopt(Stage):
             raise ValueError(f"group_size must be one of {GROUP_SIZES[1:]}, got {self.group_size}")
 
     def plan(self, layers: Layers) -> Layers:
-        check_dense(layers)
+        order.check("fold", layers)
         return {n: form if n == HEAD else self.form(n, form) for n, form in layers.items()}
 
     def form(self, name: str, form: Form) -> Form:
