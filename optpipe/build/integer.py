@@ -43,9 +43,8 @@ def emit(lowering: Lowering, products: list[Product], output: str) -> str:
     assert quantize is not None
     x, scale = quantize.input[:2]
     static, name = scale in lowering.weights, f"{output}/integer"
-    one = new.constant("1.0", np.array(1, np.float32))
     steps = x if static else _once(new, "Div", [x, scale], f"{quantize.output[0]}/steps")
-    step = scale if static else one
+    step = scale if static else new.constant("1.0", np.array(1, np.float32))
     zero = new.constant("middle", np.array(MIDDLE, np.uint8))
     codes = _once(new, "QuantizeLinear", [steps, step, zero], f"{quantize.output[0]}/unsigned")
     weights = [[lowering.weight(p.dequantize.input[i]) for p in products] for i in (0, 1)]

@@ -22,7 +22,7 @@ from optpipe.build import plan as plans
 from optpipe.build.nvidia import Package
 from optpipe.checkpoint import Checkpoint, copy_side_files
 from optpipe.errors import GateError, InputError
-from optpipe.export.graph import DATA, MODEL, read
+from optpipe.export.graph import DATA, MODEL, SESSION, read
 from optpipe.export.onnx import graph_bits
 from optpipe.linear import Layers
 from optpipe.stage import Progress, Stage
@@ -192,7 +192,9 @@ def _sha256(file: Path) -> str:
 
 def _link(source: Path, out: Path) -> None:
     """The same ONNX file under a second name, or where the file system has no links, a copy."""
-    for name in (MODEL, DATA):
+    for name in (MODEL, DATA, SESSION):
+        if not (source / name).is_file():  # few graphs need settings
+            continue
         try:
             os.link(source / name, out / name)
         except OSError:

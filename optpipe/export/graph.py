@@ -124,6 +124,12 @@ class Graph:
         return rounds and any(a.name == "block_size" for n in weights for a in n.attribute)
 
 
+def unfused(folder: Path) -> bool:
+    """Whether ONNX Runtime makes floats of quantized weights when it loads this graph."""
+    file = folder / SESSION
+    return file.is_file() and UNFUSED_SESSION.items() <= json.loads(file.read_text()).items()
+
+
 def read(folder: Path) -> onnx.ModelProto:
     """The model of a folder without its weights; get those one by one with :func:`tensor`."""
     return onnx.load(folder / MODEL, load_external_data=False)

@@ -83,7 +83,8 @@ class Onnx(Stage):
         capacity = _capacity(checkpoint, self.capacity)
         Emitter(checkpoint, out, DTYPES[self.dtype], capacity).emit(progress)
         copy_side_files(source.path, out)
-        return {"dtype": self.dtype, "capacity": capacity}
+        bits = _bits_per_weight(checkpoint, DTYPES[self.dtype].itemsize * 8)
+        return {"dtype": self.dtype, "capacity": capacity, "bits_per_weight": bits}
 
 
 def graph_bits(layers: Layers, rest: int, float_bits: int) -> float:
@@ -95,6 +96,18 @@ def graph_bits(layers: Layers, rest: int, float_bits: int) -> float:
         bits += form.rows * form.cols * code + form.scales * per_group
         bits += float_bits * form.static_inputs
     return bits
+
+
+def _bits_per_weight(checkpoint: Checkpoint, float_bits: int) -> float:
+    """Of the graph, for each weight of the linear layers as they were: factors count for those."""
+    layers = dict(model.layers(checkpoint))
+    if checkpoint.head_is_embedding:
+        layers.pop(checkpoint.decoder.head, None)
+    weights = 0
+    for name, form in layers.items():
+        left = layers.get(f"{name.removesuffix('.right')}.left") if name.endswith("right") else None
+        weights += 0 if name.endswith(".left") else (left or form).rows * form.cols
+    return graph_bits(layers, 0, float_bits) / weights
 
 
 def _capacity(checkpoint: Checkpoint, wanted: int | None) -> int:

@@ -14,6 +14,9 @@ from optpipe.build.ort import Ort
 from optpipe.export.onnx import Onnx
 from optpipe.lowrank.svd import Svd
 from optpipe.prune.magnitude import Magnitude
+from optpipe.quant.fp8 import Fp8
+from optpipe.quant.int8 import Int8
+from optpipe.quant.kvcache import KvCache
 from optpipe.quant.rtn import Rtn
 
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -114,6 +117,33 @@ def test_a_graph_reads_its_codes_and_scales(tiny, run, bits, group):
     assert found.traffic["weights"].bytes == WEIGHTS * bits / 8 + 4 * scales + rest
     assert found.traffic["kv"].bytes == KAPPA * (128 + 1)  # a static cache, masked: all of it
     assert found.flops.keys() == {"float32"}
+
+
+@pytest.mark.parametrize("built", [False, True])
+def test_int8_inputs_and_weights_are_multiplied_as_such(tiny, run, built):
+    made = run(Onnx(), run(Int8(calib=run.calib), plain(tiny())))
+    found = graph_model(run(Ort(), made) if built else made).step(3, 1, 9)
+    assert found.flops["int8"] == 2 * 3 * WEIGHTS
+    scales = sum(rows for rows, _ in BLOCK) * LAYERS
+    rest = 4 * (VOCAB * HIDDEN + NORMS + 3 * HIDDEN)
+    assert found.traffic["weights"].bytes == WEIGHTS + 4 * scales + rest
+
+
+def test_fp8_is_floats_in_onnx_runtime_and_a_byte_in_torch(tiny, run):
+    made = run(Fp8(calib=run.calib), plain(tiny()))
+    rest = 4 * (VOCAB * HIDDEN + NORMS + HIDDEN)
+    graph = graph_model(run(Onnx(), made)).step(1, 1, 9)
+    assert graph.traffic["weights"].bytes == 4 * WEIGHTS + rest
+    assert graph.flops.keys() == {"float32"}
+    torch = torch_model(made, "float32").step(1, 1, 9).traffic
+    assert torch["weights"].bytes == WEIGHTS + 2 * len(BLOCK) * LAYERS + rest
+    assert torch["scratch"].bytes == 16 * WEIGHTS  # without a zero point to take off
+
+
+def test_an_int8_cache_is_a_quarter(tiny, run):
+    made = run(Ort(), run(Onnx(), run(KvCache(calib=run.calib), plain(tiny()))))
+    found = graph_model(made).step(3, 1, 9)
+    assert found.traffic["kv"].bytes == 3 * KAPPA / 4 * (10 + 1) and found.kv_item == 1
 
 
 def test_an_engine_multiplies_integers_and_reads_what_the_cache_holds(tiny, run):

@@ -13,6 +13,8 @@ from optpipe.build.generate import Engine
 from optpipe.checkpoint import Checkpoint
 from optpipe.errors import InputError
 from optpipe.export.onnx import Onnx
+from optpipe.lowrank.svd import Svd
+from optpipe.quant.rtn import Rtn
 
 STANDARD = {""}
 TOKENS, PREFILL = 40, 29  # beyond the sliding windows of 16
@@ -76,6 +78,18 @@ def test_only_standard_operators_and_a_static_cache(family, tiny, tmp_path):
             assert {a.name: a.i for a in node.attribute}["is_causal"] == 0
     pasts = [v for v in graph.graph.input if v.name.startswith("past")]
     assert {v.type.tensor_type.shape.dim[2].dim_value for v in pasts} == {64}
+
+
+@pytest.mark.parametrize("stage, bits", [
+    (Rtn(bits=3, group_size=32), 4 + 16 / 32), (Svd(keep=0.5, rank_multiple=1), 8),
+])  # fmt: skip
+def test_bits_per_weight_are_those_of_the_graph(stage, bits, run, tiny):
+    """Three bits travel in four; half of the parameters in 16 bits."""
+    made = run(Onnx(dtype="float16"), run(stage, tiny()))
+    head = 288 * 64  # a layer of its own that nobody touched
+    layers = 3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96)
+    expected = (layers * bits + head * 16) / (layers + head)
+    assert made.stats["bits_per_weight"] == pytest.approx(expected, rel=0.02)
 
 
 def test_a_full_cache_is_an_error_and_not_garbage(tiny, tmp_path, ids):

@@ -6,6 +6,7 @@ Imports torch and onnx, reads headers and no weights: for a child process of the
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from onnx import GraphProto, NodeProto, TensorProto, helper
 
@@ -13,7 +14,7 @@ from optpipe.artifact import Artifact
 from optpipe.bench.bottlenecks.cost import ITEM_BYTES, Model, PhaseCosts, Product, cell_costs
 from optpipe.bench.scenario import Cell
 from optpipe.checkpoint import Checkpoint
-from optpipe.export.graph import read
+from optpipe.export.graph import read, unfused
 from optpipe.family import Decoder
 from optpipe.linear import Form
 from optpipe.model import layers
@@ -50,7 +51,7 @@ def graph_model(artifact: Artifact) -> Model:
     cache = next(v for v in proto.graph.input if v.name.startswith("past_key_values"))
     about, logits = cache.type.tensor_type, proto.graph.output[0].type.tensor_type
     dtype, held = (str(helper.tensor_dtype_to_np_dtype(t.elem_type)) for t in (logits, about))
-    products = list(_graph_products(proto.graph, dtype))
+    products = list(_graph_products(proto.graph, dtype, unfused(artifact.path)))
     fused = any(prop.key == "form" and prop.value == "fused" for prop in proto.metadata_props)
     return _model(
         Checkpoint(artifact.path).decoder,
@@ -99,21 +100,23 @@ def _layer(form: Form, dtype: str, head: bool) -> Product:
         return Product(rows=form.rows, cols=form.cols, bytes=count * item, dtype=dtype, head=head)
     per_group = 2 + (0 if form.symmetric else 1)
     cast = 0 if dtype == "float32" else 4 + item
+    zero = 0 if form.number == "fp8" else 8  # which fp8 has not
     return Product(
         rows=form.rows,
         cols=form.cols,
-        bytes=count + form.rows * form.groups * per_group,
+        bytes=count + form.scales * per_group,
         dtype=dtype,
-        scratch=count * (4 + 8 + 8 + cast + item),
+        scratch=count * (4 + zero + 8 + cast + item),
         head=head,
     )
 
 
-def _graph_products(graph: GraphProto, dtype: str) -> Iterator[Product]:
+def _graph_products(graph: GraphProto, dtype: str, unfused: bool) -> Iterator[Product]:
     """Products with a stored weight; those between activations belong to attention.
 
     ONNX Runtime fuses DequantizeLinear and MatMul into MatMulNBits, which reads the codes as they
-    are stored, and folds the transpose of a tied head when it loads the graph.
+    are stored, or, if inputs are rounded with a known scale, into MatMulIntegerToFloat; where that
+    is switched off, weights become floats at loading. It folds the transpose of a tied head then.
     """
     weights = {tensor.name: tensor for tensor in graph.initializer}
     maker = {name: node for node in graph.node for name in node.output}
@@ -122,11 +125,27 @@ def _graph_products(graph: GraphProto, dtype: str) -> Iterator[Product]:
         head = head or node.op_type == PICKS_LOGITS
         if node.op_type == "MatMulNBits":
             yield _nbits(node, weights, dtype, head)
+        elif node.op_type == "MatMulIntegerToFloat":
+            yield _matmul([node.input[1], node.input[3]], weights, "int8", head)
         elif node.op_type == "MatMul":
             source = maker.get(node.input[1])
             inputs = [node.input[1]] if source is None else list(source.input)
-            if inputs[0] in weights:
-                yield _matmul(inputs, weights, dtype, head)
+            if inputs[0] not in weights:
+                continue
+            found = _matmul(inputs, weights, dtype, head)
+            if unfused and len(inputs) > 1:
+                found = replace(found, bytes=found.rows * found.cols * ITEM_BYTES[dtype])
+            elif len(inputs) > 1 and _rounded(maker.get(node.input[0]), maker):
+                found = replace(found, dtype="int8")
+            yield found
+
+
+def _rounded(made_by: NodeProto | None, maker: Mapping[str, NodeProto]) -> bool:
+    """Whether a product's inputs come from 8-bit codes with one zero point, so that it is fused."""
+    if made_by is None or made_by.op_type != "DequantizeLinear":
+        return False
+    quantize = maker.get(made_by.input[0])
+    return quantize is not None and len(quantize.input) == 3
 
 
 def _nbits(node: NodeProto, weights: Mapping[str, TensorProto], dtype: str, head: bool) -> Product:
@@ -157,7 +176,8 @@ def _matmul(
 
 def _vector_bytes(graph: GraphProto) -> float:
     """Norms and biases; the scales of codes belong to their product."""
-    scales = {n for node in graph.node if node.op_type == "DequantizeLinear" for n in node.input}
+    scaled = ("DequantizeLinear", "MatMulIntegerToFloat")
+    scales = {n for node in graph.node if node.op_type in scaled for n in node.input}
     floats = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
     return float(
         sum(
