@@ -33,7 +33,7 @@ from optpipe.linear import Layers, Quantized, mask_of, weight_of
 from optpipe.plan import departure
 from optpipe.prune.mask import ROW, follows
 
-TOLERANCES = {"float32": 2e-4, "float16": 1e-2, "int8": 5e-2, "rounded": 0.5}
+TOLERANCES = {"float32": 2e-4, "float16": 1e-2, "bfloat16": 8e-2, "int8": 5e-2, "rounded": 0.5}
 """Largest accepted error of the logits at any position, relative to their spread there: the root
 mean square of the differences over the standard deviation of the reference. In 'float16' a weight
 that is a code times a scale is rounded once more: the worst position of the demo model was off by
@@ -44,7 +44,7 @@ fifty by 20 %, while held-out perplexity is the same to 0.1 %. 'rounded', for la
 their inputs, does so, too: an input between two codes goes up on one side and down on the other,
 and random tokens, which mean nothing to a trained model, are moved far by that. In both cases the
 same model with float activations must agree as float32 does at every position, so that these bounds
-hide no wrong graph.
+hide no wrong graph. 'bfloat16' graphs are run in float32 with the values of their weights.
 """
 
 ADVICE = {
@@ -90,12 +90,15 @@ def verify(artifact: Artifact, reference: Artifact, planned: Layers | None) -> S
         return {**facts, "read_back": read_back(artifact, reference)}
     source = Checkpoint(reference.path)
     rounds = source.cache is not None or any(f.inputs for f in model.layers(source).values())
-    if not (rounds or artifact.stats.get("int8_activations")):
+    narrow = artifact.stats.get("dtype") == "bfloat16"
+    if not (rounds or narrow or artifact.stats.get("int8_activations")):
         return {**facts, "parity": asdict(parity(artifact, reference))}
     beside = artifact.path.parent  # on the same disk
     with tempfile.TemporaryDirectory(dir=beside, prefix=f".twin.{owner()}.") as folder:
         exact = _twins(artifact, reference, Path(folder), rounds)
-        exactly = parity(*exact)
+        exactly = parity(*exact, "bfloat16" if narrow else None)
+    if narrow:  # which ONNX Runtime cannot multiply
+        return {**facts, "parity": asdict(exactly)}
     rounded = parity(artifact, reference, "rounded" if rounds else "int8")
     return {**facts, "parity": asdict(rounded), "parity_float_activations": asdict(exactly)}
 

@@ -19,6 +19,12 @@ class Ort(Backend):
         self.dtype = self.engine.dtype.__name__
         self.device = "cpu"
 
+    @classmethod
+    def missing(cls, artifact: Artifact) -> str | None:
+        if artifact.stats.get("dtype") == "bfloat16":
+            return "ONNX Runtime multiplies no bfloat16 on a CPU"
+        return None
+
     def prefill(self, ids_BS: Ids, lengths_B: Ids) -> Logits:
         return self.engine.prefill(ids_BS, lengths_B)
 

@@ -42,6 +42,8 @@ class Ort(Stage):
             )
 
     def run(self, source: Artifact, out: Path, progress: Progress) -> Stats:
+        if source.stats.get("dtype") == "bfloat16":
+            raise InputError("ONNX Runtime multiplies no bfloat16 on a CPU; set export.dtype")
         progress("lowering", 0, 1)
         Lowering(source.path, out, self.accuracy_level).run()
         copy_side_files(source.path, out)

@@ -11,11 +11,12 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from optpipe.build.attention import QUANTIZED
 from optpipe.checkpoint import FORMS
-from optpipe.export.graph import DATA, MODEL, SESSION, read
+from optpipe.export.graph import DATA, MODEL, SESSION, Graph, read, tensor
 from optpipe.kvcache import FILE
 
 KV_SCALE = 12
@@ -39,8 +40,11 @@ def exact_graph(folder: Path, out: Path) -> None:
     """
     model = read(folder)
     _unround(model)
+    dtype = model.graph.output[0].type.tensor_type.elem_type
     for value in [*model.graph.input, *model.graph.output]:
-        _float_cache(value, model.graph.output[0].type.tensor_type.elem_type)
+        _float_cache(value, dtype)
+    if dtype == TensorProto.BFLOAT16:
+        return _widen(model, folder, out)
     for node in model.graph.node:
         for attribute in node.attribute:
             if attribute.name == "accuracy_level":
@@ -52,6 +56,22 @@ def exact_graph(folder: Path, out: Path) -> None:
         os.link(folder / DATA, out / DATA)
     except OSError:  # a file system without links
         shutil.copyfile(folder / DATA, out / DATA)
+
+
+def _widen(model: ModelProto, folder: Path, out: Path) -> None:
+    """The graph in float32, with the values that its bfloat16 weights have."""
+    wide = Graph(out)
+    for proto in model.graph.initializer:
+        data, dtype = tensor(folder, proto), proto.data_type
+        if dtype == TensorProto.BFLOAT16:
+            data, dtype = data.astype(np.float32), TensorProto.FLOAT
+        wide.raw(proto.name, dtype, tuple(proto.dims), [np.ascontiguousarray(data)])
+    for value in [*model.graph.input, *model.graph.output]:
+        if value.type.tensor_type.elem_type == TensorProto.BFLOAT16:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
+    wide.nodes, wide.inputs = list(model.graph.node), list(model.graph.input)
+    wide.outputs = list(model.graph.output)
+    wide.save(**{p.key: p.value for p in model.metadata_props})
 
 
 def _float_cache(value: ValueInfoProto, dtype: int) -> None:

@@ -40,7 +40,7 @@ from optpipe.family import Block, Decoder
 from optpipe.linear import Layers
 from optpipe.stage import Progress, Stage
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MAX_DEFAULT_CAPACITY = 4096
 MIN_CAPACITY = 16
 """What it takes to verify a graph: a prompt, several decoded tokens, a chunk."""
@@ -53,8 +53,9 @@ class Onnx(Stage):
     produces: ClassVar[str] = "onnx"
 
     dtype: str = "float32"
-    """Type of activations, cache and unquantized weights: float32 or float16. (ONNX Runtime cannot
-    multiply bfloat16 on a CPU, and what cannot be verified is not written.)"""
+    """Type of activations, cache and unquantized weights: float32, float16 or bfloat16. The last
+    is for TensorRT: ONNX Runtime multiplies none on a CPU, so that it verifies the same weights in
+    a float32 graph."""
     capacity: int | None = None
     """Tokens the KV cache holds for each row; null: the model's context, at most 4096."""
 

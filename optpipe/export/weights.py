@@ -18,6 +18,7 @@ from optpipe.linear import LARGEST, PER_TENSOR, Corrected, Form, LowRank, Quanti
 ONNX_DTYPES = {
     torch.float32: TensorProto.FLOAT,
     torch.float16: TensorProto.FLOAT16,
+    torch.bfloat16: TensorProto.BFLOAT16,
 }
 NUMBERS = {"int8": TensorProto.INT8, "fp8": TensorProto.FLOAT8E4M3FN}
 BUFFER = 1 << 15
@@ -187,7 +188,12 @@ class Weights:
         """
         flat = value.contiguous().view(-1)  # transposed while it is still small
         if flat.dtype == self.dtype:
-            yield flat.numpy()
+            yield _bytes(flat)
             return
         for part in flat.split(BUFFER):
-            yield self._buffer[: len(part)].copy_(part).numpy()
+            yield _bytes(self._buffer[: len(part)].copy_(part))
+
+
+def _bytes(flat: Tensor) -> np.ndarray:
+    array: np.ndarray = flat.view(torch.uint8).numpy()  # numpy has no bfloat16
+    return array

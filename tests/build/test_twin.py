@@ -1,6 +1,7 @@
 """Twins without rounding: exact where the original is not, and never of another model."""
 
 import json
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -8,13 +9,16 @@ from onnx import numpy_helper
 
 from optpipe import model
 from optpipe.artifact import Artifact
+from optpipe.bench.backend import backend_class
 from optpipe.build.ort import Ort
+from optpipe.build.tensorrt import TensorRT, about
 from optpipe.checkpoint import Checkpoint
-from optpipe.errors import GateError
+from optpipe.errors import GateError, InputError
 from optpipe.export.graph import read
 from optpipe.export.onnx import Onnx
 from optpipe.quant.fp8 import Fp8
 from optpipe.quant.int8 import Int8
+from optpipe.quant.rtn import Rtn
 from optpipe.verify import TOLERANCES, verify
 
 STAGES = [
@@ -82,3 +86,16 @@ def test_the_checkpoint_s_twin_differs_in_nothing_but_rounding(rounded, tmp_path
     name = next(n for n, form in theirs.forms.items() if form.inputs)
     one, other = (model.layer(name, c.forms, c).dequantize() for c in (ours, theirs))
     assert (one == other).all()
+
+
+def test_bfloat16_is_verified_in_float32_and_built(run, tiny):
+    quantized = run(Rtn(group_size=32), Artifact(path=tiny(), format="hf", key="k"))
+    graph = run(Onnx(dtype="bfloat16", capacity=64), quantized)
+    found = verify(graph, quantized, None)["parity"]
+    assert found["kind"] == "bfloat16" and 1e-4 < found["worst"] < TOLERANCES["bfloat16"]
+    assert "no bfloat16" in backend_class("onnx").missing(graph)
+    with pytest.raises(InputError, match="no bfloat16"):
+        run(Ort(), graph)
+    if find_spec("tensorrt_rtx"):
+        made = run(TensorRT(package="tensorrt_rtx", max_batch=2, typical_prompt=16), graph)
+        assert about(made.path)["plan"] == "engine.plan"
