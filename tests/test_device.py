@@ -11,16 +11,19 @@ from optpipe.config import build, data_dir
 from optpipe.linear import weight_of
 
 METHODS = [
-    p for g in ("prune", "lowrank", "quant") for p in sorted(data_dir("conf").glob(f"{g}/*"))
+    p
+    for g in ("structure", "recover", "prune", "lowrank", "transform", "quant")
+    for p in sorted(data_dir("conf").glob(f"{g}/*"))
+    if p.stem != "modelopt"  # needs its library, and computes where that one does
 ]
+SMALL = {"group_size": 32, "rank_multiple": 4, "multiple": 8, "share": 0.4, "tokens": 256}
 CALIB = {"source": "random", "samples": 4, "tokens": 48}
 
 
 def made(method, folder, out):
     whole = OmegaConf.create({"calib": CALIB, "stage": OmegaConf.load(method)})
-    for key, value in {"group_size": 32, "rank_multiple": 4}.items():
-        if key in whole.stage:
-            whole.stage[key] = value
+    for key in SMALL.keys() & whole.stage.keys():
+        whole.stage[key] = SMALL[key]
     out.mkdir()
     build(whole.stage).run(Artifact(path=folder, format="hf", key="k"), out, lambda *_: None)
     checkpoint = Checkpoint(out)
