@@ -95,10 +95,13 @@ def test_our_events_agree_with_triton(measured):
     source = torch.randn(2**28, device="cuda")  # 1 GiB
     target = torch.empty_like(source)
     for call in (lambda: x @ x, lambda: target.copy_(source)):
-        theirs = do_bench(call, warmup=200, rep=500, return_mode="median") / 1e3
-        ours = events_s(call)
-        print(f"ours {ours * 1e3:.3f} ms, do_bench {theirs * 1e3:.3f} ms")
-        assert ours == pytest.approx(theirs, rel=0.02)
+        ratios = []
+        for _ in range(5):  # in turns: under load the clock of a GPU sinks by a tenth
+            theirs = do_bench(call, warmup=100, rep=200, return_mode="median") / 1e3
+            ours = events_s(call)
+            ratios.append(ours / theirs)
+            print(f"ours {ours * 1e3:.3f} ms, do_bench {theirs * 1e3:.3f} ms")
+        assert statistics.median(ratios) == pytest.approx(1, rel=0.02)
 
 
 def test_a_copy_of_two_gigabytes_reaches_the_measured_bandwidth(measured):
@@ -145,7 +148,8 @@ def test_two_identical_arms_agree_within_half_a_percent(tmp_path):
         "scenario=[prefill_only,single]", "scenario.prefill_only.batch=[8]",
         "scenario.prefill_only.prompt_tokens=[2040]", "hydra.run.dir=out",
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(root)},
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path},
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     run = json.loads((tmp_path / "out" / "report.json").read_text())["run"]

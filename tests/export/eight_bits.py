@@ -14,6 +14,7 @@ def eight_bit_layer(layer, form, input_scale=INPUT_SCALE):
     if form.group_size == PER_TENSOR:
         largest = largest.amax(0, keepdim=True)
     scales = (largest / LARGEST["fp8" if form.number == "fp8" else "int8"]).half()
+    scales = torch.where(scales == 0, torch.ones_like(scales), scales)  # rows of all but zeros
     numbers = layer.weight / scales.float()
     if form.number == "fp8":
         codes = to_fp8(numbers).view(torch.uint8)
