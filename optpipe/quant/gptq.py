@@ -15,7 +15,7 @@ from optpipe.calibrate import Calib, Gram, Observation
 from optpipe.checkpoint import Checkpoint
 from optpipe.compensate import check_damp, compensate, inverse_factor
 from optpipe.linear import Form, Quantized, mask_of
-from optpipe.quant.clip import MINMAX, check_clip, fit_clip
+from optpipe.quant.clip import HESSIAN, check_clip, fit_clip
 from optpipe.quant.grid import Grid, WeightOnly
 
 
@@ -53,7 +53,7 @@ class Gptq(WeightOnly):
     """Fix the columns with the strongest inputs first, while there are most others to make up."""
     damp: float = 0.01
     """Added to the diagonal of H, in units of its mean; steadies small calibration sets."""
-    clip: str = MINMAX
+    clip: str = HESSIAN
     """What the scales of a group are chosen by: its range ('minmax'), or the least error of its
     weights ('mse') or of those weighted by the power of their inputs ('hessian')."""
     calib: Calib = field(default_factory=Calib)

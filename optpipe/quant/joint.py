@@ -17,7 +17,7 @@ from optpipe.checkpoint import Checkpoint
 from optpipe.compensate import check_damp, compensate, inverse_factor
 from optpipe.linear import Form, Layers, Quantized, dense
 from optpipe.prune.sparsegpt import Dropping, SparseGpt
-from optpipe.quant.clip import MINMAX, check_clip, fit_clip
+from optpipe.quant.clip import HESSIAN, check_clip, fit_clip
 from optpipe.quant.gptq import Rounding
 from optpipe.quant.grid import WeightOnly
 
@@ -40,7 +40,7 @@ class Joint(WeightOnly):
     """'layer' drops freely, 'row' as many in each row; 'N:M' keeps N of every M inputs."""
     damp: float = 0.01
     """Added to the diagonal of H, in units of its mean; steadies small calibration sets."""
-    clip: str = MINMAX
+    clip: str = HESSIAN
     """As of GPTQ: 'minmax', 'mse' or 'hessian'."""
     calib: Calib = field(default_factory=Calib)
 

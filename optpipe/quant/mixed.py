@@ -24,7 +24,7 @@ from optpipe.calibrate import Calib, Gram, Observation
 from optpipe.checkpoint import Checkpoint
 from optpipe.flow import observed
 from optpipe.linear import Form, Layers, Quantized, weight_of
-from optpipe.quant.clip import MINMAX, check_clip, fit_clip
+from optpipe.quant.clip import HESSIAN, check_clip, fit_clip
 from optpipe.quant.gptq import Gptq
 from optpipe.quant.grid import BITS, Quantize, WeightOnly
 from optpipe.stage import Progress
@@ -48,7 +48,7 @@ class Mixed(Quantize):
     """Inputs that share a scale: 16, 32, 64, 128 or 256; -1: all of an output channel."""
     symmetric: bool = True
     """Without zero points; TensorRT and most kernels take nothing else."""
-    clip: str = MINMAX
+    clip: str = HESSIAN
     """As of rtn and gptq."""
     calib: Calib = field(default_factory=Calib)
 

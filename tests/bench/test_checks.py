@@ -7,9 +7,9 @@ import pytest
 from simulated import CELLS, MS, Machine, SimWorker, built, session, speedups
 
 from optpipe.bench.timed import blocks, clock, samples, timing
-from optpipe.bench.timed.checks import failures
+from optpipe.bench.timed.checks import failures, unstable
 from optpipe.bench.timed.measure import BenchConfig
-from optpipe.bench.timed.samples import AGAIN
+from optpipe.bench.timed.samples import AGAIN, Sample
 from optpipe.bench.timed.series import collect
 
 CONFIG = BenchConfig(blocks=16, max_blocks=16, warmup_s=0.0, budget_s=1e9)
@@ -209,3 +209,23 @@ def test_honest_arms_pass_all_checks(arm, seed):
     workers = [SimWorker(machine, n) for n in ("baseline", AGAIN, "copy")]
     found = built(session(machine, arms, workers, floors=floors))
     assert found["run"]["invalid_reasons"] == []
+
+
+@pytest.mark.parametrize(("count", "share"), [(7, 0.5), (8, 0.2)])
+def test_a_few_disturbed_turns_void_no_cell(count, share):
+    assert unstable(turns_of(count, share)) == {}
+
+
+def test_many_disturbed_turns_void_a_cell():
+    assert "25%" in unstable(turns_of(8, 0.25))[CELLS[0]]
+
+
+def turns_of(count, share):
+    """Samples of one arm in so many blocks, of which this share is disturbed."""
+    noted = round(count * share)
+    return [
+        Sample(arm="a", cell=CELLS[0], session=0, block=b, position=0, reason=None, submit_ns=0,
+               start_ns=1, token_ns=(2,), cpu_s=None, peak_bytes=None, tokens_hash="",
+               note="another process" if b < noted else None)
+        for b in range(count)
+    ]  # fmt: skip

@@ -100,7 +100,7 @@ def test_beats_rounding_where_inputs_are_not_white(kind, limit, bits):
         form = Form(rows=32, cols=64, bits=bits, group_size=32)
         weight, gram = weights(32, 64, seed), inputs(kind, 64, seed)
         layer, statistic = torch.nn.Linear(64, 32, bias=False), _Statistic(gram)
-        ours = Gptq(bits=bits).quantize(layer, weight, form, statistic)
+        ours = Gptq(bits=bits, clip="minmax").quantize(layer, weight, form, statistic)
         rounded = fit(weight, form).encode(weight)
         ratios.append(error(weight, ours.codes, gram, form) / error(weight, rounded, gram, form))
     assert sum(ratios) / len(ratios) < limit
@@ -117,7 +117,7 @@ def test_act_order_makes_up_for_outlier_channels():
         gram = gram * strong * strong[:, None]
         for act_order in errors:
             layer = torch.nn.Linear(64, 32, bias=False)
-            stage = Gptq(bits=4, act_order=act_order)
+            stage = Gptq(bits=4, act_order=act_order, clip="minmax")
             codes = stage.quantize(layer, weight, form, _Statistic(gram)).codes
             errors[act_order] += error(weight, codes, gram, form)
     assert errors[True] < 0.8 * errors[False]
@@ -147,7 +147,7 @@ def test_an_input_that_never_comes_is_no_trouble():
     gram[10] = gram[:, 10] = 0
     for matrix in (gram, torch.zeros_like(gram)):
         layer = torch.nn.Linear(64, 4, bias=False)
-        made = Gptq(bits=4).quantize(layer, weight, form, _Statistic(matrix))
+        made = Gptq(bits=4, clip="minmax").quantize(layer, weight, form, _Statistic(matrix))
         assert torch.isfinite(made.dequantize()).all()
 
 

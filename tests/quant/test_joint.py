@@ -18,7 +18,7 @@ from optpipe.quant.rtn import Rtn
 def made(layer, bits=4, **fields):
     pattern = fields.get("pattern", "layer")
     form = Form(rows=24, cols=64, bits=bits, group_size=32, pattern=pattern)
-    stage = Joint(bits=bits, group_size=32, **fields)
+    stage = Joint(bits=bits, group_size=32, clip="minmax", **fields)
     return stage.quantize(dense(layer.weight, None), layer.weight, form, layer.gram)
 
 
@@ -50,7 +50,8 @@ def test_nothing_to_drop_makes_it_gptq_in_the_order_of_the_columns():
     layer = Layer("correlated", 1)
     found = made(layer, sparsity=0.0)
     form = Form(rows=24, cols=64, bits=4, group_size=32)
-    gptq = Gptq(act_order=False).quantize(dense(layer.weight, None), layer.weight, form, layer.gram)
+    stage = Gptq(act_order=False, clip="minmax")
+    gptq = stage.quantize(dense(layer.weight, None), layer.weight, form, layer.gram)
     assert torch.equal(found.codes, gptq.codes) and torch.equal(found.scales, gptq.scales)
 
 

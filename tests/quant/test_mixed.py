@@ -51,7 +51,7 @@ def test_no_choice_within_the_budget_loses_less(budget, run, tiny):
 
 def test_losses_are_those_of_the_layers_outputs(run, tiny):
     """Measured by hooks on the model as a whole, for a layer in its middle and for the head."""
-    stage = Mixed(method="rtn", group_size=32, head=True, calib=run.calib)
+    stage = Mixed(method="rtn", clip="minmax", group_size=32, head=True, calib=run.calib)
     name, folder = "model.layers.1.mlp.gate_proj", tiny()
     found = curves(stage, folder)
     lm, seen = model.load(Checkpoint(folder)), {name: [], "lm_head": []}

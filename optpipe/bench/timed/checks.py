@@ -7,7 +7,7 @@ laws that any honest runner obeys whatever its speed.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from optpipe.bench.evidence.statistics import median, ratio
 from optpipe.bench.scenario import Cell
@@ -25,7 +25,8 @@ SECOND_TIME = 0.9
 SECOND_LEVEL = 0.98
 HIDDEN_S, HIDDEN_SHARE = 0.02, 0.10
 """Work after the last token, or before it was submitted, that the stamps leave out."""
-TAINTED = 0.20
+TAINTED, FEWEST_JUDGED = 0.20, 8
+"""Share of disturbed turns that voids a cell of so many blocks; fewer decide nothing anyway."""
 FEWEST_PROMPTS = 3
 
 
@@ -64,7 +65,10 @@ def _served(samples: Sequence[Sample]) -> Iterator[str]:
 
 
 def unstable(samples: Sequence[Sample]) -> dict[Cell, str]:
-    """Cells in which the machine was disturbed too often for what is left to be trusted."""
+    """Cells in which the machine was disturbed too often for what is left to be trusted.
+
+    One turn of another process in a cell that the budget ended early is no such sign.
+    """
     turns: dict[Cell, dict[tuple[str, int, int], bool]] = defaultdict(dict)
     for sample in samples:
         if sample.reason in (None, "tainted"):
@@ -73,8 +77,12 @@ def unstable(samples: Sequence[Sample]) -> dict[Cell, str]:
     return {
         cell: f"unstable: the machine was disturbed in {share:.0%} of all turns"
         for cell, share in shares.items()
-        if share > TAINTED
+        if share > TAINTED and _blocks(turns[cell]) >= FEWEST_JUDGED
     }
+
+
+def _blocks(turns: Iterable[tuple[str, int, int]]) -> int:
+    return len({(session, block) for _, session, block in turns})
 
 
 def _stamps(cell: Cell, samples: Sequence[Sample]) -> Iterator[str]:
