@@ -211,7 +211,7 @@ def test_honest_arms_pass_all_checks(arm, seed):
     assert found["run"]["invalid_reasons"] == []
 
 
-@pytest.mark.parametrize(("count", "share"), [(7, 0.5), (8, 0.2)])
+@pytest.mark.parametrize(("count", "share"), [(7, 0.5), (10, 0.2)])
 def test_a_few_disturbed_turns_void_no_cell(count, share):
     assert unstable(turns_of(count, share)) == {}
 
