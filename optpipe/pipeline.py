@@ -61,6 +61,7 @@ def check(stages: Mapping[str, Stage], source: Source, store: Path) -> list[Step
     from optpipe import model  # imports torch and transformers
 
     _check_formats(stages)
+    _check_followers(stages)
     checkpoint, key = source.checkpoint, source.key
     decoder, layers = checkpoint.decoder, model.layers(checkpoint)
     shapes = model.parameter_shapes(checkpoint).values()
@@ -184,6 +185,23 @@ def _check_formats(stages: Mapping[str, Stage]) -> None:
                 f"from {maker}; {_advice(stages)}"
             )
         made, maker = stage.produces, f"stage '{name}'"
+
+
+def _check_followers(stages: Mapping[str, Stage]) -> None:
+    closed = rewritten = None
+    for name, stage in stages.items():
+        if closed and stage.produces == "hf":
+            raise InputError(
+                f"stage '{name}' would make void what stage '{closed}' measured; put '{closed}' "
+                "after all others that make a torch model"
+            )
+        if rewritten and stage.compares:
+            raise InputError(
+                f"stage '{name}' corrects weights towards those of the untouched model, but stage "
+                f"'{rewritten}' folds, trains or cuts them; leave one of the two out"
+            )
+        closed = name if stage.last else closed
+        rewritten = name if stage.rewrites else rewritten
 
 
 def _advice(stages: Mapping[str, Stage]) -> str:

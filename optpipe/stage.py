@@ -28,6 +28,12 @@ class Stage(ABC):
 
     accepts: ClassVar[frozenset[str]] = frozenset({"hf"})
     produces: ClassVar[str] = "hf"
+    last: ClassVar[bool] = False
+    """No other stage of a torch model may follow: it would make void what this one measured."""
+    rewrites: ClassVar[bool] = False
+    """Weights no longer stand for those of the untouched model: folded, trained or cut."""
+    compares: ClassVar[bool] = False
+    """Corrects weights towards those of the untouched model: nothing that rewrites them before."""
 
     def plan(self, layers: Layers) -> Layers:
         """The form of every linear layer after this stage, from names and shapes alone.

@@ -9,6 +9,8 @@ from optpipe.linear import Form
 from optpipe.lowrank.svd import Svd
 from optpipe.pipeline import check
 from optpipe.prune.magnitude import Magnitude
+from optpipe.quant.awq import Awq
+from optpipe.quant.kvcache import KvCache
 from optpipe.quant.rtn import Rtn
 from optpipe.recover.blockwise import Blockwise
 from optpipe.recover.distill import Distill
@@ -99,3 +101,19 @@ def test_on_other_layers_every_order_is_fine(tiny, tmp_path):
         "lowrank": Svd(rank_multiple=4, targets=["*.up_proj"]),
     }
     assert len(check(stages, HuggingFace(path=str(tiny())), tmp_path)) == 3
+
+
+@pytest.mark.parametrize("then", [Depth(), Rtn(), Blockwise(), Rotate()])
+def test_nothing_follows_what_measured_the_cache(tiny, tmp_path, then):
+    stages = {"cache": KvCache(calib=Calib(source="random", samples=2, tokens=16)), "then": then}
+    with pytest.raises(InputError, match="put 'cache' after all others"):
+        check(stages, HuggingFace(path=str(tiny())), tmp_path)
+
+
+@pytest.mark.parametrize("first", [Blockwise(), SmoothQuant(), Awq(group_size=32), Depth()])
+def test_what_was_folded_trained_or_cut_is_not_corrected_towards_the_untouched(
+    tiny, tmp_path, first
+):
+    stages = {"first": first, "residual": Qera(rank=4)}
+    with pytest.raises(InputError, match="'first' folds, trains or cuts them"):
+        check(stages, HuggingFace(path=str(tiny())), tmp_path)

@@ -95,6 +95,7 @@ def test_svd_that_knows_the_inputs_beats_plain_svd(cost):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_admm_beats_sparsegpt_that_wanda_and_that_magnitude(cost):
     """Of what half of the weights cost, each of the good ones takes back a third or more."""
     methods = Admm(calib=CALIB), SparseGpt(calib=CALIB), Wanda(calib=CALIB), Magnitude()
@@ -104,6 +105,7 @@ def test_admm_beats_sparsegpt_that_wanda_and_that_magnitude(cost):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_low_rank_correction_takes_back_a_quarter_of_what_three_bits_cost(cost):
     quantized = Gptq(bits=3, group_size=32, calib=CALIB)
     alone, corrected = cost(quantized), cost(quantized, Qera(calib=CALIB))

@@ -223,7 +223,8 @@ def _audited(outcome: Outcome) -> Cell | None:
 
 def _emitted(outcome: Outcome) -> dict[tuple[str, Cell], str]:
     """What each arm answered to the first prompts of the timed blocks."""
-    first = (s for s in outcome.measured.samples if s.prompt == WARM and s.reason is None)
+    # disturbed blocks and late starts too: how long an answer took does not change it
+    first = (s for s in outcome.measured.samples if s.prompt == WARM and s.block >= 0)
     return {(s.arm, s.cell): s.tokens_hash for s in first}
 
 

@@ -27,6 +27,7 @@ from optpipe.bench.cuda import Cuda
 from optpipe.build.nvidia import FULL, gpu_target
 from optpipe.build.plan import LOGITS, listener
 from optpipe.build.tensorrt import PLAN, about
+from optpipe.errors import one_line
 from optpipe.export.graph import DATA
 
 DTYPES = {"float": torch.float32, "half": torch.float16, "bf16": torch.bfloat16}
@@ -60,6 +61,8 @@ class TensorRT(Backend):
         self._rtx = settings["package"] != FULL
         self._logger = listener(trt)
         runtime = trt.Runtime(self._logger)
+        if "version_compatible" in settings["flags"]:  # such a plan brings host code, ours
+            runtime.engine_host_code_allowed = True
         with self._gpu.counted():
             engine = runtime.deserialize_cuda_engine((artifact.path / PLAN).read_bytes())
         if engine is None:
@@ -90,17 +93,20 @@ class TensorRT(Backend):
         if settings["plan"] is None:
             return f"no plan was built: {settings['not_built']}"
         name, version, gpu = settings["package"], settings["version"], gpu_target()
-        if gpu is None:
-            return f"there is no NVIDIA GPU here; the plan is for {settings['target']}"
-        if find_spec(name) is None:
-            return f"package '{name}' is not installed"
-        trt = import_module(name)
+        if gpu is None or find_spec(name) is None:
+            there = f"the plan is for {settings['target']}"
+            return (
+                f"there is no NVIDIA GPU here; {there}"
+                if gpu is None
+                else f"package '{name}' is not installed"
+            )
+        try:
+            trt = import_module(name)
+        except (ImportError, OSError) as error:  # a library it needs is missing
+            return f"package '{name}' is broken: {one_line(error)}"
         if trt.__version__ != version and "version_compatible" not in settings["flags"]:
             return f"the plan is of {name} {version}, installed is {trt.__version__}"
-        if name == FULL:
-            built = settings["target"]
-            return None if gpu == built else f"the plan is for {built}, the GPU here is {gpu}"
-        return _invalid(trt, artifact.path / PLAN, gpu)
+        return _unfit(trt, artifact.path / PLAN, settings["target"], gpu)
 
     def prefill(self, ids_BS: Ids, lengths_B: Ids) -> Logits:
         self._reset(len(ids_BS))
@@ -268,6 +274,12 @@ class TensorRT(Backend):
     def _to_host(self, logits_BLV: Tensor) -> Logits:
         with self._gpu.work():  # float32 only on the host: half as much to copy
             return logits_BLV.cpu().float().numpy()
+
+
+def _unfit(trt: Any, plan: Path, built: str, gpu: str) -> str | None:
+    if trt.__name__ == FULL:
+        return None if gpu == built else f"the plan is for {built}, the GPU here is {gpu}"
+    return _invalid(trt, plan, gpu)
 
 
 def _invalid(trt: Any, plan_file: Path, gpu: str) -> str | None:

@@ -97,6 +97,7 @@ def build(request: Request, folder: Path, out: Path, progress: Progress) -> Buil
 def inspect(trt: Any, plan: bytes) -> str | None:
     """What the layers of a plan became, JSON; None if this GPU cannot load it."""
     runtime = trt.Runtime(listener(trt))
+    runtime.engine_host_code_allowed = True  # a version compatible plan brings some, and it is ours
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         return None

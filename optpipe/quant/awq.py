@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,8 @@ LEAST = 1e-4
 class Awq(WeightOnly):
     """Rounds to nearest. The head is clipped, not scaled, and so are layers that read what a
     nonlinear activation makes. Masks hold."""
+
+    rewrites: ClassVar[bool] = True
 
     exponents: int = 20
     """How many a are tried, evenly between 0 and 1, besides 0."""

@@ -48,6 +48,8 @@ class Joint(WeightOnly):
         super().__post_init__()
         check_damp(self.damp)
         check_clip(self.clip)
+        if self.head:
+            raise ValueError("head must be false: the output projection is not pruned")
         _ = self.pruning
 
     @property

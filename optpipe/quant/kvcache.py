@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -29,6 +29,8 @@ from optpipe.stage import Progress, Stage
 @dataclass(frozen=True, kw_only=True)
 class KvCache(Stage):
     """Halves what a decode step reads of the cache of a float16 model."""
+
+    last: ClassVar[bool] = True
 
     number: str = "int8"
     """'int8', which ONNX Runtime has, or 'fp8' (e4m3), which vLLM and TensorRT-LLM have."""

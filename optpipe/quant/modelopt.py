@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -99,6 +99,8 @@ class Calibrated:
 @dataclass(frozen=True, kw_only=True)
 class Modelopt(Stage):
     """Every layer of the blocks; the head stays as it is. Holds the whole model in memory."""
+
+    rewrites: ClassVar[bool] = True
 
     preset: str = "fp8"
     """'int4_rtn', 'int4_awq' (weights), 'int8_smoothquant', 'fp8' (weights and inputs)."""

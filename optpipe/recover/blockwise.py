@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,8 @@ from optpipe.stage import Progress, Stage
 @dataclass(frozen=True, kw_only=True)
 class Blockwise(Stage):
     """Changes no form: masks, codes and ranks stay."""
+
+    rewrites: ClassVar[bool] = True
 
     tokens: int = 131_072
     """Calibration tokens that every block is trained on; the same text comes again and again."""

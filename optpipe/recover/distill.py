@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -45,6 +46,8 @@ class Distill(Stage):
     An eighth of the samples only judges; a stage before that was calibrated on the same text has
     seen them, so that it looks better there than it is.
     """
+
+    rewrites: ClassVar[bool] = True
 
     tokens: int = 131_072
     """Calibration tokens that the model is trained on; the same text comes again and again."""

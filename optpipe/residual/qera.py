@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ from optpipe.stage import Progress, Stage
 @dataclass(frozen=True, kw_only=True)
 class Qera(Stage):
     """Comes last: whatever changes a weight later does not know of the correction."""
+
+    compares: ClassVar[bool] = True
 
     rank: int = 16
     """Of the correction; it costs rank * (inputs + outputs) floats a layer."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ SCORES = (GREEDY, INFLUENCE)
 class Depth(Stage):
     """One block is in memory at a time; 'greedy' keeps the hidden states of as many models as there
     are blocks to choose from, so give it few samples of a large model."""
+
+    rewrites: ClassVar[bool] = True
 
     share: float = 0.25
     """Share of the blocks to drop, above 0 and below 1; their number is rounded down."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -146,6 +146,8 @@ class Cut:
 @dataclass(frozen=True, kw_only=True)
 class Width(Stage):
     """Every block keeps as many channels and heads: a Hugging Face config has one size for all."""
+
+    rewrites: ClassVar[bool] = True
 
     mlp: float = 0.2
     """Share of the FFN channels that may go, 0 to 1."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -49,6 +50,8 @@ class Turns:
 @dataclass(frozen=True, kw_only=True)
 class Rotate(Stage):
     """For stages that round weights or activations after it. A tied head becomes its own weight."""
+
+    rewrites: ClassVar[bool] = True
 
     residual: bool = True
     """R1, the residual stream."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ LEAST = 1e-5
 @dataclass(frozen=True, kw_only=True)
 class SmoothQuant(Stage):
     """For stages that round activations after it. Masks hold: a factor makes no zero a weight."""
+
+    rewrites: ClassVar[bool] = True
 
     alpha: float = 0.5
     """0: all of the difficulty stays in the activations; 1: all of it goes to the weights."""

@@ -29,6 +29,7 @@ def planted_arm(name, scale):
     return Arm(name=name, artifact=artifact, dtype="float32", threads=1, find=planted.find)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_ranking_planted_in_the_demo_model_is_recovered():
     arms = [planted_arm(name, scale) for name, scale in SCALES.items()]

@@ -194,7 +194,7 @@ def _signed_rank_p(averages: Floats, n: int) -> float:
     """W+ is the number of Walsh averages above 0; those that are 0 count one half (ties)."""
     above = float((averages > 0).sum() + 0.5 * (averages == 0).sum())
     cdf, least = signed_rank_cdf(n), min(above, len(averages) - above)  # W+ is symmetric
-    return min(1.0, 2 * float(cdf[math.floor(least)]))
+    return min(1.0, 2 * float(cdf[math.ceil(least)]))
 
 
 def _walsh(values: Floats) -> Floats:

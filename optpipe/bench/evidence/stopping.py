@@ -14,6 +14,8 @@ from optpipe.bench.evidence.statistics import LEVEL, Floats
 BATCH = 5
 LEFT = 4
 """Values that must remain for them to be a state."""
+STEP, MAD_SD = 4.0, 1.4826
+"""Standard deviations that a start is above what follows; one of them in median deviations."""
 FALSE_CUT, ORDERS = 0.01, 10_000
 """How often a steady series is cut, and how many random orders tell what that takes."""
 
@@ -72,14 +74,18 @@ def late_start(values: Sequence[float]) -> int:
     The change point of Pettitt (1979, Applied Statistics 28) on ranks, which a burst does not move:
     0 unless what is before it ranks above what is after it as chance does it in one of a hundred
     orders of the same values. Where there is one, it lies where both parts are nearest to their
-    medians.
+    medians, STEP times further apart than values after it scatter: neighbours that resemble each
+    other drift, but do not leap.
     """
     z = _steps(np.argsort(np.argsort(values))[None])[0]
     if not len(z) or z.max() < _critical(len(values)):
         return 0
     array = np.asarray(values, dtype=np.float64)
     apart = [_scatter(array[:cut]) + _scatter(array[cut:]) for cut in range(1, len(z) + 1)]
-    return int(np.argmin(apart)) + 1
+    cut = int(np.argmin(apart)) + 1
+    after = float(np.median(array[cut:]))
+    leap = float(np.median(array[:cut])) - after
+    return cut if leap > STEP * MAD_SD * float(np.median(np.abs(array[cut:] - after))) else 0
 
 
 def _scatter(values: Floats) -> float:

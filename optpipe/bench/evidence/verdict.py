@@ -110,7 +110,7 @@ def _direction(shift: Shift, both: tuple[float, float], delta: float) -> tuple[s
     low, high = shift.ci
     if beyond <= ALPHA:
         return EQUIVALENT, f"the whole interval lies within {delta:.0%} of 1, p is {beyond:.2g}"
-    if different <= ALPHA:
+    if different <= ALPHA and not low <= 1 <= high:  # of equal values p may be just below
         return (FASTER if low > 1 else SLOWER), f"the interval excludes 1, p is {different:.2g}"
     if low > 1 or high < 1:
         why = f"with all verdicts of this report together, p is {different:.2g}"

@@ -93,8 +93,8 @@ class Timer:
     def _timed(self, end_ns: int) -> Iterator[float]:
         """Blocks until a look finds them enough; tainted ones are run again."""
         blocks, looks = self.blocks, self.blocks.config.looks
-        kept = block = late = 0
-        while kept < looks[-1] and block - late < RERUNS * looks[-1] and blocks.arms():
+        kept = block = 0
+        while kept < looks[-1] and block < RERUNS * looks[-1] and blocks.arms():
             if kept and blocks.session.clock() > end_ns:
                 kept -= self._late()
                 break
@@ -105,7 +105,7 @@ class Timer:
                 kept += 1
                 if kept in looks:
                     cut = self._late()
-                    kept, late = kept - cut, late + cut
+                    kept -= cut
                     if not cut and kept < looks[-1] and self._narrow():
                         return
             yield kept / looks[-1]
