@@ -64,6 +64,7 @@ def cost(run):
 CALIB = Calib()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("group_size, most", [(32, 1.02), (128, 1.03)])
 def test_gptq_with_zeros_and_clipping_costs_little(cost, group_size, most):
@@ -87,6 +88,7 @@ def test_bad_methods_hurt(cost):
     assert cost(Svd(keep=0.9)) > 1.1
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_svd_that_knows_the_inputs_beats_plain_svd(cost):
     targets = ["*o_proj", "*up_proj"]

@@ -28,6 +28,7 @@ def loss(folder):
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("damage", "recovery", "least"),
     [
