@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from onnx import GraphProto, TensorProto
 
 from optpipe.errors import InputError, one_line
 from optpipe.linear import Layers
@@ -26,6 +27,7 @@ EXTRA = {FULL: "tensorrt", RTX: "tensorrt-rtx"}
 TARGETS = ("current", "sm75", "sm80", "sm86", "sm89", "sm90", "sm100", "sm120", "sm121")
 FLAGS = ("weight_streaming", "refit", "version_compatible")
 PORTABLE = "sm80, sm86, sm89, sm120 and later"
+PORTABLE_FP8 = "sm89, sm120 and later"
 """What TensorRT for RTX builds for unless it is told otherwise, by its documentation."""
 
 
@@ -112,6 +114,12 @@ def _look(name: str, gpu: str | None) -> Package | str:
     if name == FULL and gpu is None:
         return f"{name} {version} builds on a machine with an NVIDIA GPU only"
     return Package(name=name, version=version, gpu=gpu)
+
+
+def portable(graph: GraphProto) -> str:
+    """Which GPUs a plan of tensorrt_rtx for no target in particular runs on."""
+    fp8 = any(t.data_type == TensorProto.FLOAT8E4M3FN for t in graph.initializer)
+    return PORTABLE_FP8 if fp8 else PORTABLE
 
 
 def refuse_layers(layers: Layers, target: str | None) -> str | None:

@@ -129,6 +129,8 @@ class TensorRT(Stage):
         refused = [package.refuse_target(self.target), *map(package.refuse_flag, self.flags)]
         if self.timing_cache is not None and package.name != nvidia.FULL:
             refused.append(f"{package.name} times nothing while it builds: no timing_cache")
+        if self.timing_cache is not None and not Path(self.timing_cache).parent.is_dir():
+            refused.append(f"timing_cache: there is no folder for '{self.timing_cache}'")
         if why := next((why for why in refused if why), None):
             raise InputError(why)
 
@@ -147,7 +149,8 @@ class TensorRT(Stage):
         plan = (out / PLAN).read_bytes()
         if package.gpu is not None and (layers := plans.inspect(package.module, plan)) is not None:
             (out / INSPECTED).write_text(layers)
-        default = package.gpu if package.name == nvidia.FULL else nvidia.PORTABLE
+        portable = nvidia.portable(read(out).graph)
+        default = package.gpu if package.name == nvidia.FULL else portable
         return {
             "plan": PLAN,
             "not_built": None,

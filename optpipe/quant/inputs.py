@@ -78,6 +78,11 @@ class WeightsAndInputs(Quantize):
             raise ValueError(f"activations must be one of {ACTIVATIONS}, got '{self.activations}'")
         if not 0 < self.percentile <= 100:
             raise ValueError(f"percentile must be above 0, at most 100, got {self.percentile}")
+        if self.activations == "token" and self.percentile != type(self).percentile:
+            raise ValueError(
+                f"percentile={self.percentile:g} has no effect with activations=token, whose scales"
+                " are found when a token is there; leave it out"
+            )
 
     @property
     @abstractmethod

@@ -13,54 +13,28 @@ Shapes: S samples, T tokens, H hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.optim.lr_scheduler import LambdaLR
 
 from optpipe import model
 from optpipe.artifact import Artifact, Stats
 from optpipe.blockwise import close_like_source, like_source
-from optpipe.calibrate import Calib
 from optpipe.checkpoint import Checkpoint, Writer
 from optpipe.device import fastest
 from optpipe.flow import Flow, advance, call, start
-from optpipe.linear import Layers
 from optpipe.recover.teacher import Teacher
-from optpipe.recover.tune import Tuning, batches, check_training, check_tunable, rate_at
-from optpipe.stage import Progress, Stage
+from optpipe.recover.train import Recover
+from optpipe.recover.tune import Tuning
+from optpipe.stage import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
-class Blockwise(Stage):
-    """Changes no form: masks, codes and ranks stay."""
-
-    rewrites: ClassVar[bool] = True
-
-    tokens: int = 131_072
-    """Calibration tokens that every block is trained on; the same text comes again and again."""
-    rate: float = 0.01
-    """Most that a step changes a weight, in units of its tensor's root mean square."""
-    batch: int = 4
-    """Samples of a step."""
-    calib: Calib = field(default_factory=Calib)
-
-    def __post_init__(self) -> None:
-        check_training(self.tokens, self.rate, self.batch)
-
-    def plan(self, layers: Layers) -> Layers:
-        check_tunable(layers)
-        return layers
-
-    def inputs(self, model: Checkpoint) -> str:
-        return self.calib.inputs(model)
-
-    def run(self, source: Artifact, out: Path, progress: Progress) -> Stats:
-        return self.run_with(source, source, out, progress)
+class Blockwise(Recover):
+    """Every block is trained on the whole budget of tokens."""
 
     @torch.no_grad()
     def run_with(
@@ -93,27 +67,12 @@ class Blockwise(Stage):
         errors_of = {"block_error_before": list(before), "block_error": list(after)}
         return {**errors_of, **budget, **self.calib.facts()}
 
-    def steps(self, tokens: int) -> int:
-        """Steps that the budget pays for, of samples of ``tokens``."""
-        return -(-self.tokens // (self.batch * tokens))
-
     def _reconstruct(
         self, task: Task, tuning: Tuning, report: Callable[[int, int], None]
     ) -> tuple[float, float]:
         """Train one block; its error before and after."""
         state, before = tuning.state(), task.error()
-        samples, steps = len(task.targets), self.steps(task.targets[0].shape[1])
-        optimizer = tuning.optimizer(self.rate)
-        schedule = LambdaLR(optimizer, lambda step: rate_at(step, steps))
-        for step, chosen in enumerate(batches(samples, self.batch, steps, self.calib.seed)):
-            report(step, steps)
-            optimizer.zero_grad()
-            with torch.enable_grad():
-                task.loss(chosen).backward()
-            optimizer.step()
-            schedule.step()
-            tuning.project()
-        tuning.settle()
+        self.train(tuning, task.loss, (len(task.targets), task.targets[0].shape[1]), report)
         if (after := task.error()) < before:
             return before, after
         tuning.restore(state)

@@ -13,26 +13,23 @@ Quantized layers have their scales trained in both.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from optpipe import model
 from optpipe.artifact import Artifact, Stats
 from optpipe.blockwise import close_like_source, like_source
-from optpipe.calibrate import Calib
 from optpipe.checkpoint import Checkpoint, Writer
 from optpipe.device import fastest
-from optpipe.linear import Layers
 from optpipe.recover.teacher import check_same_basis, ends
-from optpipe.recover.tune import Tuning, batches, check_training, check_tunable, rate_at
-from optpipe.stage import Progress, Stage
+from optpipe.recover.train import Recover
+from optpipe.recover.tune import Tuning
+from optpipe.stage import Progress
 
 log = logging.getLogger(__name__)
 FULL, LORA = "full", "lora"
@@ -40,21 +37,15 @@ MODES = (FULL, LORA)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Distill(Stage):
-    """Changes no form: masks, codes and ranks stay.
+class Distill(Recover):
+    """The whole model is trained at once.
 
     An eighth of the samples only judges; a stage before that was calibrated on the same text has
-    seen them, so that it looks better there than it is.
+    seen them, so that it looks better there than it is. A divergence that rose is therefore warned
+    of and reported, but not undone: held-out text may say otherwise.
     """
 
-    rewrites: ClassVar[bool] = True
-
-    tokens: int = 131_072
-    """Calibration tokens that the model is trained on; the same text comes again and again."""
     rate: float = 0.003
-    """Most that a step changes a weight, in units of its tensor's root mean square."""
-    batch: int = 4
-    """Samples of a step."""
     mode: str = FULL
     """'full' or 'lora'."""
     rank: int = 16
@@ -63,10 +54,9 @@ class Distill(Stage):
     """Of both distributions."""
     hidden: float = 0.0
     """Weight of the hidden states' error, relative to their variance, mean over the blocks."""
-    calib: Calib = field(default_factory=Calib)
 
     def __post_init__(self) -> None:
-        check_training(self.tokens, self.rate, self.batch)
+        super().__post_init__()
         if self.mode not in MODES:
             raise ValueError(f"mode must be one of {MODES}, got '{self.mode}'")
         if self.rank < 1:
@@ -77,16 +67,6 @@ class Distill(Stage):
             raise ValueError(f"hidden must be at least 0 and finite, got {self.hidden}")
         if self.calib.samples < 2:
             raise ValueError("calib.samples must be at least 2, one of them to judge by")
-
-    def plan(self, layers: Layers) -> Layers:
-        check_tunable(layers)
-        return layers
-
-    def inputs(self, model: Checkpoint) -> str:
-        return self.calib.inputs(model)
-
-    def run(self, source: Artifact, out: Path, progress: Progress) -> Stats:
-        return self.run_with(source, source, out, progress)
 
     @torch.no_grad()
     def run_with(
@@ -105,7 +85,12 @@ class Distill(Stage):
         ids_ST = self.calib.ids(student).to(fastest())
         judged = max(len(ids_ST) // 8, 1)
         before = lesson.divergence(ids_ST[:judged])
-        trained = self._train(lesson, tuning, ids_ST[judged:], progress)
+
+        def loss(chosen: list[int]) -> Tensor:
+            return lesson.loss(ids_ST[judged:][chosen])
+
+        shape = (len(ids_ST) - judged, ids_ST.shape[1])
+        trained = self.train(tuning, loss, shape, lambda step, steps: progress("step", step, steps))
         after = lesson.divergence(ids_ST[:judged])
         if after >= before:
             log.warning("distillation raised the divergence from %.4f to %.4f", before, after)
@@ -116,23 +101,6 @@ class Distill(Stage):
         close_like_source(lm, student, writer, layers)
         facts = {"divergence_before": before, "divergence": after, "trained_tokens": trained}
         return {**facts, **self.calib.facts()}
-
-    def _train(self, lesson: Lesson, tuning: Tuning, ids_ST: Tensor, progress: Progress) -> int:
-        """Spend the budget; returns the tokens it was."""
-        samples, tokens = ids_ST.shape
-        steps = -(-self.tokens // (self.batch * tokens))
-        optimizer = tuning.optimizer(self.rate)
-        schedule = LambdaLR(optimizer, lambda step: rate_at(step, steps))
-        for step, chosen in enumerate(batches(samples, self.batch, steps, self.calib.seed)):
-            progress("step", step, steps)
-            optimizer.zero_grad()
-            with torch.enable_grad():
-                lesson.loss(ids_ST[chosen]).backward()
-            optimizer.step()
-            schedule.step()
-            tuning.project()
-        tuning.settle()
-        return steps * self.batch * tokens
 
 
 @dataclass(frozen=True)

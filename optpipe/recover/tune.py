@@ -8,7 +8,6 @@ every weight stays on the grid of its codes (as the scales in EfficientQAT, arXi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,6 @@ from optpipe.linear import Layers, Quantized, mask_of, weight_of
 HALF = torch.finfo(torch.float16)
 LEAST_RMS = 1e-2
 """What is nearly zero, such as a new bias, moves as if it were of this size."""
-WARM_UP = 0.1
 
 
 class Adapter(nn.Module):
@@ -143,35 +141,6 @@ class Tuning:
 
 def _size(tensor: Tensor) -> float:
     return max(float(tensor.detach().square().mean().sqrt()), LEAST_RMS)
-
-
-def rate_at(step: int, steps: int) -> float:
-    """Share of the full rate at a step: a short rise, then half a cosine down to zero."""
-    rise = max(round(WARM_UP * steps), 1)
-    if step < rise:
-        return (step + 1) / rise
-    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(steps - rise, 1)))
-
-
-def batches(samples: int, batch: int, steps: int, seed: int) -> Iterator[list[int]]:
-    """Sample numbers of each step; all come equally often, in an order that is never the same."""
-    generator = torch.Generator().manual_seed(seed)
-    waiting: list[int] = []
-    for _ in range(steps):
-        while len(waiting) < batch:
-            waiting += torch.randperm(samples, generator=generator).tolist()
-        chosen, waiting = waiting[:batch], waiting[batch:]
-        yield chosen
-
-
-def check_training(tokens: int, rate: float, batch: int) -> None:
-    """Raise ValueError for a budget, a rate or a batch that cannot be."""
-    if tokens < 1:
-        raise ValueError(f"tokens must be at least 1, got {tokens}")
-    if not 0 < rate < 1:
-        raise ValueError(f"rate must be above 0 and below 1, got {rate}")
-    if batch < 1:
-        raise ValueError(f"batch must be at least 1, got {batch}")
 
 
 def check_tunable(layers: Layers) -> None:

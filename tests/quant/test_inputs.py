@@ -118,8 +118,14 @@ def test_a_percentile_saturates_what_is_beyond(run, tiny):
     assert float(round_inputs(x, "int8_tensor", most.get(name))) == 127 * float(most.get(name))
 
 
+def test_a_percentile_that_nothing_would_read_is_refused():
+    with pytest.raises(ValueError, match="percentile=50 has no effect with activations=token"):
+        Fp8(activations="token", percentile=50.0)
+
+
 @pytest.mark.parametrize("fields", [
-    {"activations": "channel"}, {"percentile": 0.0}, {"percentile": 100.5}, {"weights": "group"},
+    {"activations": "channel"}, {"percentile": 0.0}, {"percentile": 100.5},
+    {"weights": "group"},
 ])  # fmt: skip
 def test_bad_fields_are_refused(fields):
     name, value = next(iter(fields.items()))

@@ -11,7 +11,8 @@ from optpipe.family import describe
 from optpipe.linear import Form
 from optpipe.prune.magnitude import Magnitude
 from optpipe.recover.distill import Distill, Lesson, divergence
-from optpipe.recover.tune import Adapter, batches, rate_at
+from optpipe.recover.train import batches, rate_at
+from optpipe.recover.tune import Adapter
 from optpipe.structure.depth import Depth
 from optpipe.structure.width import Width
 from optpipe.transform.rotate import Rotate
