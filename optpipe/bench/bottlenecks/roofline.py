@@ -132,7 +132,11 @@ def by_intensity(found: Use) -> Vote:
 
 
 def by_utilisation(found: Use) -> Vote:
-    """V2: the resource that is the more used, if it is used at all."""
+    """V2: the resource that is the more used, if it is much used.
+
+    MBU / MFU is ridge over intensity: this vote can be withheld where V1's is given, and never
+    contradicts it. V3 alone is independent of both.
+    """
     vote, why = by_intensity(found)
     if found.eta < IN_USE:
         return None, f"MBU {found.mbu:.2f} and MFU {found.mfu:.2f}: neither is much used"

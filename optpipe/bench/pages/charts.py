@@ -72,7 +72,7 @@ def waterfall(report: Entry, key: str, title: str, scale: float, unit: str) -> s
 
 
 def forest(report: Entry, index: int, title: str) -> str:
-    """Speed-up of every artifact over the baseline in one cell, with 95 % intervals."""
+    """Speed-up of every artifact over the baseline in one cell, with intervals."""
     rows = [
         (name, artifact["cells"][index]["speedup"])
         for name, artifact in zip(names(report), report["artifacts"], strict=True)

@@ -83,7 +83,8 @@ def headline(report: Entry) -> Safe:
     first = where(report["artifacts"][0]["cells"][0])
     lead = (
         f"Times are medians of {first}. Small print: times faster than the baseline in the same "
-        "blocks, with the 95 % interval. MB on disk; KL divergence from the baseline in nats."
+        "blocks, with the interval that keeps 95 % over all looks. MB on disk; KL divergence from "
+        "the baseline in nats."
     )
     return section(
         "Result",
@@ -149,7 +150,7 @@ def speedups(report: Entry) -> Safe:
         folded.append(details(f"Numbers: {where(cell)}", table(SPEED, rows, title)))
     read = (
         "Right of the line is faster than the baseline. Filled: time per output token (TPOT), with "
-        "its number at the right; hollow: time to first token (TTFT). A bar is the 95 % interval "
+        "its number at the right; hollow: time to first token (TTFT). A bar is the interval "
         "over paired blocks; grey where it reaches 1 or where there is none."
     )
     return section(
