@@ -24,13 +24,13 @@ from optpipe.artifact import Artifact, Stats, owner
 from optpipe.bench.backend import Backend, backend_class, open_backend
 from optpipe.bench.machine import usable_cores
 from optpipe.blockwise import final_logits
+from optpipe.bounds import departure
 from optpipe.build.tensorrt import check_files
 from optpipe.build.twin import exact_checkpoint, exact_graph
 from optpipe.checkpoint import Checkpoint
 from optpipe.errors import GateError
 from optpipe.export.readback import READERS, read_back
 from optpipe.linear import Layers, Quantized, mask_of, weight_of
-from optpipe.plan import departure
 from optpipe.prune.mask import ROW, follows
 
 TOLERANCES = {"float32": 2e-4, "float16": 1e-2, "bfloat16": 8e-2, "int8": 5e-2, "rounded": 0.5}

@@ -10,13 +10,13 @@ import torch
 from omegaconf import OmegaConf
 
 from optpipe import model
+from optpipe.bounds import departure
 from optpipe.calibrate import Calib
 from optpipe.checkpoint import Checkpoint
 from optpipe.config import build, data_dir
 from optpipe.errors import InputError
 from optpipe.linear import mask_of, weight_of
 from optpipe.lowrank.svdllm import SvdLlm
-from optpipe.plan import departure
 from optpipe.prune.magnitude import Magnitude
 from optpipe.prune.wanda import Wanda
 from optpipe.quant.gptq import Gptq

@@ -3,6 +3,7 @@
 import pytest
 
 from optpipe import order
+from optpipe.cache.static import KvCache
 from optpipe.calibrate import Calib
 from optpipe.errors import InputError
 from optpipe.linear import Form
@@ -10,7 +11,6 @@ from optpipe.lowrank.svd import Svd
 from optpipe.pipeline import check
 from optpipe.prune.magnitude import Magnitude
 from optpipe.quant.awq import Awq
-from optpipe.quant.kvcache import KvCache
 from optpipe.quant.rtn import Rtn
 from optpipe.recover.blockwise import Blockwise
 from optpipe.recover.distill import Distill

@@ -15,6 +15,7 @@ import torch
 import optpipe
 from optpipe import model
 from optpipe.blockwise import rewrite
+from optpipe.cache.static import KvCache
 from optpipe.calibrate import Calib
 from optpipe.checkpoint import Checkpoint
 from optpipe.linear import Form, dense, weight_of
@@ -29,7 +30,6 @@ from optpipe.quant.awq import Awq
 from optpipe.quant.fp8 import Fp8
 from optpipe.quant.gptq import Gptq
 from optpipe.quant.int8 import Int8
-from optpipe.quant.kvcache import KvCache
 from optpipe.quant.rtn import Rtn
 from optpipe.residual.qera import Qera
 from optpipe.stage import Stage

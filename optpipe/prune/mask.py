@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from optpipe import model, order
 from optpipe.artifact import Artifact, Stats
 from optpipe.blockwise import rewrite, select
+from optpipe.bounds import divisor
 from optpipe.calibrate import Observation
 from optpipe.checkpoint import Checkpoint
 from optpipe.family import HEAD
 from optpipe.linear import Form, Layers, dense, mask_of
-from optpipe.plan import divisor
 from optpipe.stage import Progress, Stage
 
 ROW, LAYER = "row", "layer"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from optpipe import model, order
 from optpipe.artifact import Artifact, Stats
 from optpipe.blockwise import rewrite, select
+from optpipe.bounds import divisor
 from optpipe.calibrate import Observation
 from optpipe.checkpoint import Checkpoint
 from optpipe.linear import (
@@ -30,7 +31,6 @@ from optpipe.linear import (
     mask_of,
     to_fp8,
 )
-from optpipe.plan import divisor
 from optpipe.stage import Progress, Stage
 
 BITS = (2, 3, 4, 8)

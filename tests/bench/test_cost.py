@@ -11,12 +11,12 @@ from optpipe.bench.bottlenecks.executed import costs, graph_model, torch_model
 from optpipe.bench.scenario import Cell
 from optpipe.bench.torch import Torch
 from optpipe.build.ort import Ort
+from optpipe.cache.static import KvCache
 from optpipe.export.onnx import Onnx
 from optpipe.lowrank.svd import Svd
 from optpipe.prune.magnitude import Magnitude
 from optpipe.quant.fp8 import Fp8
 from optpipe.quant.int8 import Int8
-from optpipe.quant.kvcache import KvCache
 from optpipe.quant.rtn import Rtn
 
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

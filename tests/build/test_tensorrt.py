@@ -24,6 +24,7 @@ from optpipe.build import nvidia, plan, tensorrt
 from optpipe.build.generate import Engine
 from optpipe.build.nvidia import Package
 from optpipe.build.tensorrt import TensorRT, about, check_files
+from optpipe.cache.static import KvCache
 from optpipe.calibrate import Calib
 from optpipe.checkpoint import Checkpoint
 from optpipe.config import build, data_dir
@@ -34,7 +35,6 @@ from optpipe.lowrank.svd import Svd
 from optpipe.prune.magnitude import Magnitude
 from optpipe.quant.fp8 import Fp8
 from optpipe.quant.int8 import Int8
-from optpipe.quant.kvcache import KvCache
 from optpipe.quant.rtn import Rtn
 from optpipe.residual.qera import Qera
 from optpipe.verify import check_full, verify

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from optpipe import model
 from optpipe.allocate import allocate
 from optpipe.artifact import Artifact
+from optpipe.bounds import departure
 from optpipe.calibrate import Cross
 from optpipe.checkpoint import Checkpoint
 from optpipe.linear import PER_CHANNEL, Form
 from optpipe.lowrank.factorize import truncated
 from optpipe.lowrank.svdllm import SvdLlm, discarded, whitened
-from optpipe.plan import departure
 from optpipe.quant.rtn import Rtn
 from optpipe.verify import verify
 

@@ -8,6 +8,7 @@ import transformers
 
 from optpipe import model, pipeline
 from optpipe.artifact import Artifact
+from optpipe.cache.static import KvCache
 from optpipe.checkpoint import Checkpoint
 from optpipe.errors import InputError
 from optpipe.export.onnx import Onnx
@@ -15,7 +16,6 @@ from optpipe.fold import values
 from optpipe.lowrank.svd import Svd
 from optpipe.prune.magnitude import Magnitude
 from optpipe.quant.awq import Awq
-from optpipe.quant.kvcache import KvCache
 from optpipe.quant.rtn import Rtn
 from optpipe.source import HuggingFace
 from optpipe.transform.rotate import Rotate

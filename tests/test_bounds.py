@@ -2,8 +2,8 @@
 
 import pytest
 
+from optpipe.bounds import departure, divisor
 from optpipe.linear import Form
-from optpipe.plan import departure, divisor
 
 
 def factors(rank, bound=None, **fields):

@@ -12,12 +12,12 @@ from optpipe import kvcache, model
 from optpipe.artifact import Artifact
 from optpipe.build.generate import Engine
 from optpipe.build.ort import Ort
+from optpipe.cache.static import KvCache
 from optpipe.checkpoint import Checkpoint
 from optpipe.errors import InputError
 from optpipe.export.onnx import Onnx
 from optpipe.linear import round_inputs
 from optpipe.quant.inputs import input_scale
-from optpipe.quant.kvcache import KvCache
 from optpipe.quant.rtn import Rtn
 from optpipe.verify import verify
 

@@ -1,0 +1,1 @@
+"""Quantization of the KV cache: one file per method."""
