@@ -76,7 +76,8 @@ def rewrite(
             observation.react(lm, block, seen)
         for name, layer in list(model.block_linears(lm, block)):
             progress(name, done, total)
-            lm.set_submodule(name, change(name, layer, seen.pop(name, None)))
+            if (changed := change(name, layer, seen.pop(name, None))) is not layer:
+                lm.set_submodule(name, changed)  # which would also take a correction away
             done += 1
         if flow:
             advance(module, flow, index)

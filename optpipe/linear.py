@@ -214,9 +214,11 @@ def dense(weight_RC: Tensor, bias_R: Tensor | None, mask_RC: Tensor | None = Non
 
 
 def weight_of(module: nn.Module) -> Tensor:
-    """The weight a layer multiplies with, (R, C) float, whatever its form but low rank."""
+    """The weight a layer multiplies with, (R, C) float; the product of two factors."""
     if isinstance(module, Quantized):
         return module.dequantize()
+    if isinstance(module, LowRank):
+        return weight_of(module.left) @ weight_of(module.right)
     assert isinstance(module, nn.Linear)
     return module.weight
 

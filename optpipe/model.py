@@ -183,7 +183,7 @@ def block_linears(lm: PreTrainedModel, block: Block) -> Iterator[tuple[str, nn.M
 
 def _parts(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     if isinstance(module, Corrected):
-        yield name, module.base
+        yield from _parts(name, module.base)
         yield from _parts(f"{name}.residual", module.residual)
     elif isinstance(module, LowRank):
         yield f"{name}.right", module.right

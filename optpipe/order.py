@@ -4,8 +4,9 @@
 
 Published results and ours agree on it: what is removed is removed before it is rounded (Harma et
 al. 2024, arXiv:2405.20935), and a correction comes last. Recovery keeps every form, so it may stand
-after any of them; it trains a pruned layer best before that is quantized. Layers are judged one by
-one: some may be pruned while others are factorized.
+after any of them; it trains a pruned layer best before that is quantized. A correction makes up for
+what was lost since weights were last folded, trained or cut. Layers are judged one by one: some may
+be pruned while others are factorized.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ REASONS: dict[str, dict[str, str]] = {
     },
     "fold": {QUANTIZED: "fold before that", CORRECTED: _LAST},
     "quantize": {QUANTIZED: "quantize once", CORRECTED: _LAST},
-    "correct": {FACTOR: "no original weight of it is known", CORRECTED: "correct once"},
+    "correct": {CORRECTED: "correct once"},
 }
 """What each step refuses to find a layer as, and why. All else it takes."""
 
@@ -58,6 +59,25 @@ def states(name: str, form: Form, layers: Layers) -> list[tuple[str, str]]:
         found.append((PRUNED, f"pruned already ({form.pattern})"))
     if name.endswith((".left", ".right")):
         found.append((FACTOR, "a factor already"))
-    if f"{name}.residual.left" in layers or ".residual." in name:
+    if f"{layer_of(name)}.residual.left" in layers or ".residual." in name:
         found.append((CORRECTED, "corrected already"))
     return found
+
+
+def layer_of(name: str) -> str:
+    """The layer that a factor, or a layer that is none, belongs to."""
+    return name.removesuffix(".right").removesuffix(".left")
+
+
+def check_lost(planned: Layers, layers: Layers, rewritten: Layers, stage: str) -> None:
+    """Raise ValueError if a layer that is to be corrected is as ``stage`` left it.
+
+    What it lost before is not known any more: that stage folded, trained or cut its weight.
+    """
+    for name, form in layers.items():
+        added = f"{layer_of(name)}.residual.left"
+        if added in planned and added not in layers and rewritten.get(name) == form:
+            raise ValueError(
+                f"layer '{name}' is as stage '{stage}' left it, which rewrites weights, so that "
+                "what it lost before is not known; correct before that, or compress after it"
+            )

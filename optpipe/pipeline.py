@@ -53,12 +53,13 @@ class Parents:
     source: Artifact
     reference: Artifact
     """The newest torch artifact: the source itself, or what a graph was made from."""
-    baseline: Artifact
+    original: Artifact
+    """The untouched model, or what weights were last rewritten to."""
 
 
 def check(stages: Mapping[str, Stage], source: Source, store: Path) -> list[Step]:
     """The steps of a run. Raises InputError if some stage cannot follow the one before it."""
-    from optpipe import model  # imports torch and transformers
+    from optpipe import model, order  # imports torch and transformers
 
     _check_formats(stages)
     _check_followers(stages)
@@ -69,9 +70,11 @@ def check(stages: Mapping[str, Stage], source: Source, store: Path) -> list[Step
     float_bits = round(8 * source.size_bytes / elements)
     tied = decoder.tied
     rest = elements - _elements(_owned(layers, tied))
-    steps = []
+    steps: list[Step] = []
     for name, stage in stages.items():
         try:
+            if stage.compares and (by := next((s for s in steps[::-1] if s.stage.rewrites), None)):
+                order.check_lost(stage.plan(layers), layers, by.layers, by.name)
             layers, inputs = stage.plan(layers), stage.inputs(checkpoint)
             if (config := stage.resize(checkpoint.config)) is not checkpoint.config:
                 checkpoint = checkpoint.planned(config)
@@ -125,11 +128,14 @@ def check_space(steps: list[Step], source: Source, store: Path) -> None:
 def run(steps: list[Step], baseline: Artifact) -> Iterator[Artifact]:
     """Yield the baseline, then the artifact of each step."""
     yield baseline
-    artifact = torch_side = baseline
+    artifact = torch_side = rewritten = baseline
     for step in steps:
-        artifact = _take(step, Parents(artifact, torch_side, baseline))
+        original = rewritten if step.stage.compares else baseline
+        artifact = _take(step, Parents(artifact, torch_side, original))
         if artifact.format == "hf":
             torch_side = artifact
+        if step.stage.rewrites:
+            rewritten = artifact
         yield artifact
 
 
@@ -163,7 +169,7 @@ def _make(step: Step, out: Path, parents: Parents, progress: Progress) -> Artifa
     """Run the stage, and look at what it made before anyone else can see it."""
     from optpipe.verify import verify  # imports torch
 
-    stats = step.stage.run_with(parents.source, parents.baseline, out, progress)
+    stats = step.stage.run_with(parents.source, parents.original, out, progress)
     artifact = Artifact(
         path=out,
         format=step.stage.produces,
@@ -188,20 +194,14 @@ def _check_formats(stages: Mapping[str, Stage]) -> None:
 
 
 def _check_followers(stages: Mapping[str, Stage]) -> None:
-    closed = rewritten = None
+    closed = None
     for name, stage in stages.items():
         if closed and stage.produces == "hf":
             raise InputError(
                 f"stage '{name}' would make void what stage '{closed}' measured; put '{closed}' "
                 "after all others that make a torch model"
             )
-        if rewritten and stage.compares:
-            raise InputError(
-                f"stage '{name}' corrects weights towards those of the untouched model, but stage "
-                f"'{rewritten}' folds, trains or cuts them; leave one of the two out"
-            )
         closed = name if stage.last else closed
-        rewritten = name if stage.rewrites else rewritten
 
 
 def _advice(stages: Mapping[str, Stage]) -> str:

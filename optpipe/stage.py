@@ -31,9 +31,9 @@ class Stage(ABC):
     last: ClassVar[bool] = False
     """No other stage of a torch model may follow: it would make void what this one measured."""
     rewrites: ClassVar[bool] = False
-    """Weights no longer stand for those of the untouched model: folded, trained or cut."""
+    """Weights no longer stand for those before this stage: folded, trained or cut."""
     compares: ClassVar[bool] = False
-    """Corrects weights towards those of the untouched model: nothing that rewrites them before."""
+    """Corrects weights towards what they were: those of the newest stage that rewrote them."""
 
     def plan(self, layers: Layers) -> Layers:
         """The form of every linear layer after this stage, from names and shapes alone.
@@ -75,11 +75,12 @@ class Stage(ABC):
         """Write the new artifact into the empty folder ``out``; return what was claimed."""
 
     def run_with(
-        self, source: Artifact, baseline: Artifact, out: Path, progress: Progress
+        self, source: Artifact, original: Artifact, out: Path, progress: Progress
     ) -> Stats:
-        """What the pipeline calls: ``run`` with the model that the run started from at hand.
+        """What the pipeline calls: ``run`` with a model from before compression at hand.
 
-        A stage that compares with the untouched model overrides this one, and its ``run`` compares
-        with ``source``.
+        That is the one the run started from; if the stage ``compares`` and weights were rewritten
+        since, what they were rewritten to. A stage that looks at it overrides this one, and its
+        ``run`` looks at ``source``.
         """
         return self.run(source, out, progress)

@@ -107,7 +107,8 @@ def _bits_per_weight(checkpoint: Checkpoint, float_bits: int) -> float:
     weights = 0
     for name, form in layers.items():
         left = layers.get(f"{name.removesuffix('.right')}.left") if name.endswith("right") else None
-        weights += 0 if name.endswith(".left") else (left or form).rows * form.cols
+        extra = name.endswith(".left") or ".residual." in name
+        weights += 0 if extra else (left or form).rows * form.cols
     return graph_bits(layers, 0, float_bits) / weights
 
 

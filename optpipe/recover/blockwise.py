@@ -38,12 +38,12 @@ class Blockwise(Recover):
 
     @torch.no_grad()
     def run_with(
-        self, source: Artifact, baseline: Artifact, out: Path, progress: Progress
+        self, source: Artifact, original: Artifact, out: Path, progress: Progress
     ) -> Stats:
         student, device = Checkpoint(source.path), fastest()
         layers, blocks = self.plan(model.layers(student)), student.decoder.blocks
         ids_ST = self.calib.ids(student)
-        teacher = Teacher(Checkpoint(baseline.path), student, ids_ST)
+        teacher = Teacher(Checkpoint(original.path), student, ids_ST)
         writer, lm = Writer(out, student), model.skeleton(student)
         flow = start(lm, blocks, ids_ST).to(device)
         errors = []

@@ -26,7 +26,7 @@ from optpipe.artifact import Artifact, Stats
 from optpipe.blockwise import close_like_source, like_source
 from optpipe.checkpoint import Checkpoint, Writer
 from optpipe.device import fastest
-from optpipe.recover.teacher import check_same_basis, ends
+from optpipe.recover.teacher import ends, turn, turned
 from optpipe.recover.train import Recover
 from optpipe.recover.tune import Tuning
 from optpipe.stage import Progress
@@ -70,13 +70,13 @@ class Distill(Recover):
 
     @torch.no_grad()
     def run_with(
-        self, source: Artifact, baseline: Artifact, out: Path, progress: Progress
+        self, source: Artifact, original: Artifact, out: Path, progress: Progress
     ) -> Stats:
-        student, teacher = Checkpoint(source.path), Checkpoint(baseline.path)
+        student, teacher = Checkpoint(source.path), Checkpoint(original.path)
         layers, decoder = self.plan(model.layers(student)), student.decoder
-        if self.hidden:
-            check_same_basis(teacher, student)
-        lesson = Lesson(_ready(teacher), lm := _ready(student), ends(teacher, student), self)
+        basis = turn(teacher, student) if self.hidden else None
+        models = _ready(teacher), (lm := _ready(student))
+        lesson = Lesson(*models, ends(teacher, student), basis, self)
         tuning = Tuning(lm, student, self.rank if self.mode == LORA else 0)
         for block in decoder.blocks:
             tuning.add_block(block)
@@ -111,6 +111,8 @@ class Lesson:
     student: PreTrainedModel
     ends: list[int]
     """For each block of the student: after how many blocks of the teacher its place is."""
+    basis: Tensor | None
+    """The rotation from the teacher's hidden states to the student's."""
     settings: Distill
 
     def loss(self, ids_BT: Tensor) -> Tensor:
@@ -123,7 +125,8 @@ class Lesson:
             return loss
         # the last state of transformers is normed, and the logits speak for it
         places = enumerate(self.ends[:-1], 1)
-        errors = [_relative(said.hidden_states[i], wanted.hidden_states[end]) for i, end in places]
+        targets = ((i, turned(wanted.hidden_states[end], self.basis)) for i, end in places)
+        errors = [_relative(said.hidden_states[i], target) for i, target in targets]
         return loss + self.settings.hidden * torch.stack(errors).mean()
 
     def divergence(self, ids_ST: Tensor) -> float:

@@ -12,12 +12,15 @@ from optpipe.errors import InputError
 from optpipe.flow import advance, start
 from optpipe.structure.resize import source_blocks
 
+SAME = 1e-2
+"""Relative error of an embedding that was rotated and rounded to 16 bits: bfloat16 has 2e-3."""
+
 
 class Teacher:
     """The untouched model, one block at a time."""
 
     def __init__(self, checkpoint: Checkpoint, student: Checkpoint, ids_ST: Tensor) -> None:
-        check_same_basis(checkpoint, student)
+        self._turn = turn(checkpoint, student)
         self._checkpoint, self._blocks = checkpoint, checkpoint.decoder.blocks
         self._lm = model.skeleton(checkpoint)
         self._flow = start(self._lm, self._blocks, ids_ST).to(fastest())
@@ -25,14 +28,17 @@ class Teacher:
         self._done = 0
 
     def targets(self) -> list[Tensor]:
-        """Hidden states after the next block of the student, or after the blocks it stands for."""
+        """Hidden states after the next block of the student, or after the blocks it stands for.
+
+        In the basis of the student.
+        """
         for index in range(self._done, end := next(self._ends)):
             name = self._blocks[index].name
             module = model.fill(self._lm, name, self._checkpoint, torch.float32).to(fastest())
             advance(module, self._flow, index)
             model.drop(self._lm, name)
         self._done = end
-        return list(self._flow.hidden)
+        return [turned(hidden, self._turn) for hidden in self._flow.hidden]
 
 
 def ends(teacher: Checkpoint, student: Checkpoint) -> list[int]:
@@ -45,11 +51,28 @@ def ends(teacher: Checkpoint, student: Checkpoint) -> list[int]:
     return [*begins[1:], len(places)]
 
 
-def check_same_basis(teacher: Checkpoint, student: Checkpoint) -> None:
-    """Raise InputError if hidden states of the two cannot be compared, as after a rotation."""
+def turn(teacher: Checkpoint, student: Checkpoint) -> Tensor | None:
+    """The rotation of the teacher's hidden states to the student's, (H, H); None: they are alike.
+
+    Found in the embeddings, which no stage but a rotation changes: the orthogonal Q for which
+    E_teacher Q is nearest to E_student (Schoenemann 1966). Raises InputError if that is not near.
+    """
     name = f"{teacher.decoder.embed}.weight"
-    if not torch.equal(teacher.tensor(name), student.tensor(name)):
+    theirs, ours = teacher.tensor(name), student.tensor(name)
+    if torch.equal(theirs, ours):
+        return None
+    theirs, ours = theirs.double(), ours.double()
+    u, spectrum, v = torch.linalg.svd(theirs.T @ ours)
+    rotation_HH: Tensor = u @ v
+    error = float((theirs @ rotation_HH - ours).norm() / ours.norm())
+    if error > SAME or spectrum[-1] < 1e-9 * spectrum[0]:  # fewer directions than hidden states
         raise InputError(
-            "the embedding is not that of the untouched model any more, so that hidden states have "
-            "another basis; recover before transform=rotate"
+            "the embedding is not that of the untouched model, nor that in another basis that it "
+            f"spans (relative error {error:.1e}), so that hidden states cannot be compared"
         )
+    return rotation_HH.float()
+
+
+def turned(hidden: Tensor, rotation_HH: Tensor | None) -> Tensor:
+    """Hidden states (.., H) in the basis of the student."""
+    return hidden if rotation_HH is None else hidden @ rotation_HH.to(hidden.device)

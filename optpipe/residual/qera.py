@@ -2,27 +2,30 @@
 (arXiv:2410.06040, theorem 1; the same as EoRA, arXiv:2410.21271).
 
 y = Q x + left (right x), where left @ right is the truncated SVD of (W - Q) H^(1/2), brought back
-by H^(-1/2): of all corrections of the rank it loses the least output. W is the weight of the model
-that the run started from, H that of the compressed model's inputs.
+by H^(-1/2): of all corrections of the rank it loses the least output. H is that of the compressed
+model's inputs. W is the weight before anything was lost of it: that of the model the run started
+from or, where a stage folded, trained or cut weights, what this made of them. So the residual of a
+pruned layer, quantized or not, also gives back what the mask took, as EoRA's does; the main branch
+keeps the mask, and with it the kernel that it is for. Two factors are corrected as one layer.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from optpipe import model, order
 from optpipe.artifact import Artifact, Stats
 from optpipe.blockwise import rewrite, select
 from optpipe.calibrate import Calib, Gram
 from optpipe.checkpoint import Checkpoint
-from optpipe.errors import InputError
+from optpipe.family import Block
 from optpipe.leastsquares import loss
-from optpipe.linear import Corrected, Form, Layers, LowRank, Quantized, dense, weight_of
+from optpipe.linear import Corrected, Form, Layers, LowRank, dense, weight_of
 from optpipe.lowrank.svdllm import whitened
 from optpipe.stage import Progress, Stage
 
@@ -44,24 +47,35 @@ class Qera(Stage):
             raise ValueError(f"rank must be at least 1, got {self.rank}")
 
     def plan(self, layers: Layers) -> Layers:
-        chosen = select(layers, self.targets)
-        order.check("correct", layers, chosen)
+        chosen = self.chosen(layers)
+        order.check("correct", layers, {name for parts in chosen.values() for name in parts})
         planned: Layers = {}
         for name, form in layers.items():
             planned[name] = form
-            if name in chosen:
-                self._check(name, form)
-                planned[f"{name}.residual.right"] = Form(rows=self.rank, cols=form.cols)
-                planned[f"{name}.residual.left"] = Form(rows=form.rows, cols=self.rank)
+            layer = order.layer_of(name)
+            if layer in chosen and not name.endswith(".right"):  # the left factor comes last
+                right = layers[chosen[layer][0]]
+                self._check(layer, [layers[part] for part in chosen[layer]])
+                planned[f"{layer}.residual.right"] = Form(rows=self.rank, cols=right.cols)
+                planned[f"{layer}.residual.left"] = Form(rows=form.rows, cols=self.rank)
         return planned
 
-    def _check(self, name: str, form: Form) -> None:
-        if form.bits is None and form.pattern is None:
-            raise ValueError(f"layer '{name}' is neither quantized nor pruned: nothing to correct")
-        if self.rank * (form.rows + form.cols) >= form.rows * form.cols:
+    def chosen(self, layers: Layers) -> dict[str, list[str]]:
+        """The parts of every layer that is corrected: itself, or its right and its left factor."""
+        parts: dict[str, list[str]] = {}
+        for name in layers:
+            parts.setdefault(order.layer_of(name), []).append(name)
+        whole = {layer: layers[names[0]] for layer, names in parts.items()}
+        return {layer: parts[layer] for layer in select(whole, self.targets)}
+
+    def _check(self, layer: str, parts: list[Form]) -> None:
+        if all(form.bits is None and form.pattern is None for form in parts):
+            raise ValueError(f"layer '{layer}' is neither quantized nor pruned: nothing to correct")
+        rows, cols = parts[-1].rows, parts[0].cols
+        if self.rank * (rows + cols) >= sum(form.rows * form.cols for form in parts):
             raise ValueError(
-                f"rank={self.rank} takes no fewer weights than layer '{name}' itself "
-                f"({form.rows} x {form.cols})"
+                f"rank={self.rank} takes no fewer weights than layer '{layer}' itself "
+                f"({rows} x {' x '.join(str(form.cols) for form in parts[::-1])})"
             )
 
     def inputs(self, model: Checkpoint) -> str:
@@ -71,53 +85,33 @@ class Qera(Stage):
         return self.run_with(source, source, out, progress)
 
     def run_with(
-        self, source: Artifact, baseline: Artifact, out: Path, progress: Progress
+        self, source: Artifact, original: Artifact, out: Path, progress: Progress
     ) -> Stats:
-        checkpoint, original = Checkpoint(source.path), Checkpoint(baseline.path)
+        checkpoint, before = Checkpoint(source.path), Checkpoint(original.path)
         layers = model.layers(checkpoint)
-        planned, chosen = self.plan(layers), select(layers, self.targets)
-        check_comparable(checkpoint, original)
+        planned, chosen = self.plan(layers), self.chosen(layers)
         kept: dict[str, float] = {}
 
-        def change(name: str, layer: nn.Module, statistic: Any) -> nn.Module:
-            if name not in chosen:
-                return layer
-            wanted = weight_of(model.layer(name, original.forms or {}, original))
-            corrected, kept[name] = self.corrected(name, layer, wanted, statistic)
-            return corrected
+        def react(lm: PreTrainedModel, block: Block, seen: dict[str, Any]) -> None:
+            for name in filter(chosen.__contains__, block.linears):
+                wanted = weight_of(model.layer(name, before.forms or {}, before))
+                layer, statistic = lm.get_submodule(name), seen[chosen[name][0]]
+                corrected, kept[name] = self.corrected(layer, wanted, statistic)
+                lm.set_submodule(name, corrected)
 
-        observation = self.calib.observe(checkpoint, chosen, Gram)
-        rewrite(source, out, planned, change, progress, observation)
+        observed = frozenset(parts[0] for parts in chosen.values())
+        observation = replace(self.calib.observe(checkpoint, observed, Gram), react=react)
+        rewrite(source, out, planned, lambda _, layer, __: layer, progress, observation)
         return {"rank": self.rank, "loss_kept": sum(kept.values()) / len(kept), **observation.facts}
 
     def corrected(
-        self, name: str, layer: nn.Module, wanted_RC: Tensor, statistic: Gram
+        self, layer: nn.Module, wanted_RC: Tensor, statistic: Gram
     ) -> tuple[Corrected, float]:
         """The layer with its correction, and the share of its loss that is left."""
-        assert isinstance(layer, nn.Linear | Quantized)
         gram_CC, weight_RC = statistic.mean_CC, weight_of(layer).double()
         missing_RC = wanted_RC.to(weight_RC) - weight_RC
-        before = loss(missing_RC, gram_CC)
-        if before > loss(wanted_RC, gram_CC):
-            raise InputError(
-                f"layer '{name}' is further from its original weight than zero is: a stage before "
-                "changed what it means, such as a rotation, and a residual cannot follow that"
-            )
         left_RK, right_KC = whitened(missing_RC, gram_CC, self.rank)
+        before = loss(missing_RC, gram_CC)
         after = loss(missing_RC - left_RK @ right_KC, gram_CC)
         factors = LowRank(dense(right_KC.float(), None), dense(left_RK.float(), None))
         return Corrected(layer, factors), after / before if before else 0.0
-
-
-def check_comparable(checkpoint: Checkpoint, original: Checkpoint) -> None:
-    """Raise InputError if weights no longer mean what they did: folded, rotated or cut."""
-    for name, shape in model.parameter_shapes(original).items():
-        stored = checkpoint.get(name)
-        if len(shape) == 1 and stored is not None and not name.endswith(".bias"):
-            before = original.get(name)
-            if before is None or not torch.equal(before, stored):
-                raise InputError(
-                    f"'{name}' is not that of the original model: a stage before folded something "
-                    "into it or cut the model, so that the original weights are no reference for a "
-                    "residual"
-                )

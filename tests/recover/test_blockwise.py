@@ -106,10 +106,16 @@ def test_half_precision_is_rounded_before_it_is_judged(run, tiny, tmp_path):
     assert Checkpoint(made.path).types["model.norm.weight"] == "BF16"
 
 
-def test_a_rotated_model_is_refused(run, tiny):
-    rotated = run(Rotate(), tiny())
-    with pytest.raises(InputError, match="recover before transform=rotate"):
-        run(stage(run), rotated, tiny())
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_rotated_model_is_compared_in_its_own_basis(family, run, tiny):
+    """It computes what the untouched one does, so that nothing is left to learn."""
+    made = run(stage(run, tokens=1, rate=1e-9), run(Rotate(), tiny(family)), tiny(family))
+    assert max(made.stats["block_error_before"]) < 1e-9
+
+
+def test_another_model_is_no_teacher(run, tiny):
+    with pytest.raises(InputError, match="the embedding is not that of the untouched model, nor"):
+        run(stage(run), tiny("qwen2"), tiny("mistral"))
 
 
 def test_layers_that_round_their_inputs_are_refused(run):

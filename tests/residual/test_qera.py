@@ -1,5 +1,6 @@
 """QERA against its theorem, against weaker corrections, and through every form it is stored in."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -8,22 +9,33 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import KINDS, Layer
 
-from optpipe import model
+from optpipe import model, pipeline
 from optpipe.artifact import Artifact
 from optpipe.build.ort import Ort
+from optpipe.calibrate import Calib, Gram
 from optpipe.checkpoint import Checkpoint
 from optpipe.errors import InputError
 from optpipe.export.onnx import Onnx
-from optpipe.linear import Corrected, Form, Quantized, dense, weight_of
+from optpipe.flow import observed
+from optpipe.linear import Corrected, Form, LowRank, Quantized, dense, weight_of
 from optpipe.lowrank.factorize import truncated
+from optpipe.lowrank.svd import Svd
+from optpipe.lowrank.svdllm import SvdLlm, whitened
 from optpipe.prune.magnitude import Magnitude
+from optpipe.prune.wanda import Wanda
+from optpipe.quant.awq import Awq
 from optpipe.quant.rtn import Rtn
+from optpipe.recover.blockwise import Blockwise
 from optpipe.residual.qera import Qera
+from optpipe.source import HuggingFace
+from optpipe.structure.width import Width
+from optpipe.transform.rotate import Rotate
+from optpipe.transform.smoothquant import SmoothQuant
 from optpipe.verify import verify
 
 
 def corrected(layer, weight, rank):
-    found, left = Qera(rank=rank).corrected("x", dense(weight, None), layer.weight, layer.gram)
+    found, left = Qera(rank=rank).corrected(dense(weight, None), layer.weight, layer.gram)
     residual = found.residual
     return weight + residual.left.weight @ residual.right.weight, left
 
@@ -92,8 +104,10 @@ def test_bits_count_for_the_weights_that_are_corrected(run, tiny, quantized):
     made = run(Qera(rank=8, calib=run.calib, targets=["*.down_proj"]), source, baseline=tiny())
     before = verify(source, Artifact(path=tiny(), format="hf", key="k"), None)["bits_per_weight"]
     after = verify(made, source, None)["bits_per_weight"]
+    graphs = [run(Onnx(), artifact).stats["bits_per_weight"] for artifact in (source, made)]
     weights = sum(f.rows * f.cols for f in model.layers(Checkpoint(tiny())).values())
-    assert after - before == pytest.approx(3 * 8 * (64 + 96) * 32 / weights, rel=1e-9)
+    for less, more in ((before, after), graphs):
+        assert more - less == pytest.approx(3 * 8 * (64 + 96) * 32 / weights, rel=1e-9)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "qwen3"])
@@ -120,6 +134,7 @@ def test_a_corrected_layer_is_the_sum_of_its_parts(run, tiny, quantized):
 
 DENSE = {"a": Form(rows=64, cols=64)}
 CODES = {"a": Form(rows=64, cols=64, bits=3)}
+FACTORS = {"a.right": Form(rows=32, cols=64), "a.left": Form(rows=64, cols=32)}
 
 
 @pytest.mark.parametrize(
@@ -127,7 +142,8 @@ CODES = {"a": Form(rows=64, cols=64, bits=3)}
     [
         (DENSE, 4, "'a' is neither quantized nor pruned"),
         (CODES, 32, "rank=32 takes no fewer weights than layer 'a'"),
-        ({"a.left": CODES["a"]}, 4, "'a.left' is a factor"),
+        (FACTORS, 4, "'a' is neither quantized nor pruned"),
+        (Rtn(group_size=32).plan(FACTORS), 32, r"layer 'a' itself \(64 x 32 x 64\)"),
         (Qera(rank=4).plan(CODES), 4, "'a' is corrected already; correct once"),
     ],
 )
@@ -147,11 +163,66 @@ def test_rank_of_nothing_is_refused():
         Qera(rank=0)
 
 
-def test_a_weight_that_no_longer_means_what_it_did_is_refused(run, tiny, quantized, tmp_path):
-    """Another model's norms, or weights in a rotated basis."""
-    with pytest.raises(InputError, match="is not that of the original model"):
-        run(Qera(calib=run.calib), quantized("llama"), baseline=tiny("qwen2"))
-    layer = Layer("white", 0)
-    rotated = layer.weight @ torch.linalg.qr(torch.randn(64, 64))[0]
-    with pytest.raises(InputError, match="further from its original weight than zero"):
-        Qera().corrected("x", dense(rotated, None), layer.weight, layer.gram)
+BEFORE = {
+    "pruned": {"prune": Wanda(sparsity=0.4)},
+    "recovered": {"prune": Wanda(sparsity=0.4), "recover": Blockwise(tokens=256, batch=2)},
+    "factorized": {"lowrank": SvdLlm(keep=0.9, rank_multiple=32, targets=["*.mlp.*"])},
+    "settled": {
+        "lowrank": SvdLlm(keep=0.9, rank_multiple=32, allocation="allocator", targets=["*.mlp.*"])
+    },
+    "rotated": {"transform": Rotate()},
+    "smoothed": {"transform": SmoothQuant(linears=True)},
+    "narrowed": {"structure": Width(multiple=32, mlp=0.4)},
+}
+
+
+@pytest.mark.parametrize("before", BEFORE)
+def test_it_takes_back_what_was_lost_since_weights_were_rewritten(before, run, tiny, tmp_path):
+    """The logits come nearer to those of the model that weights are corrected towards."""
+    stages = {**BEFORE[before], "quant": Rtn(bits=3, group_size=32), "residual": Qera(rank=8)}
+    for name, stage in stages.items():
+        if hasattr(stage, "calib"):
+            stages[name] = replace(stage, calib=run.calib)
+    source = HuggingFace(path=str(tiny()))
+    steps = pipeline.check(stages, source, tmp_path)
+    made = list(pipeline.run(steps, source.prepare(tmp_path)))
+    rewrote = [i for i, stage in enumerate(stages.values(), 1) if stage.rewrites]
+    ids = torch.randint(3, 288, (1, 60), generator=torch.Generator().manual_seed(5))
+    folders = made[max(rewrote, default=0)].path, made[-2].path, made[-1].path
+    with torch.no_grad():
+        wanted, quantized, corrected = (model.load(Checkpoint(f))(ids).logits for f in folders)
+    assert 0 < made[-1].stats["loss_kept"] < 0.9
+    assert (corrected - wanted).square().mean() < 0.9 * (quantized - wanted).square().mean()
+
+
+def test_two_factors_are_corrected_as_one_layer(run, tiny):
+    name = "model.layers.1.mlp.up_proj"
+    factors = run(Svd(keep=0.9, rank_multiple=32, targets=[name]), tiny())
+    quantized = run(Rtn(bits=3, group_size=32, targets=["*.up_proj.*"]), factors)
+    stage = Qera(rank=4, targets=[name], calib=run.calib)
+    made = Checkpoint(run(stage, quantized, baseline=tiny()).path)
+    before, after = (model.layer(name, c.forms, c) for c in (Checkpoint(quantized.path), made))
+    assert isinstance(after, Corrected) and isinstance(after.base, LowRank)
+    assert torch.equal(weight_of(after.base), weight_of(before))
+    missing = Checkpoint(tiny()).get(f"{name}.weight") - weight_of(before)
+    gram = dict(_grams(quantized.path, run.calib))[f"{name}.right"]
+    left, right = whitened(missing.double(), gram, 4)
+    torch.testing.assert_close(weight_of(after.residual).double(), left @ right)
+    graph = run(Onnx(), made.path)
+    assert verify(graph, Artifact(path=made.path, format="hf", key="k"), None)["parity"]
+
+
+def _grams(folder, calib):
+    checkpoint = Checkpoint(folder)
+    seen = calib.observe(checkpoint, frozenset(model.layers(checkpoint)) - {"lm_head"}, Gram)
+    for name, _, statistic in observed(checkpoint, seen):
+        yield name, statistic.mean_CC
+
+
+@pytest.mark.parametrize("last", [Awq(group_size=32), Blockwise(tokens=64)])
+def test_what_was_lost_before_a_rewrite_is_not_guessed(last, tiny, tmp_path):
+    calib = Calib(source="random", samples=2, tokens=16)
+    stages = {"prune": Magnitude(), "last": replace(last, calib=calib), "residual": Qera(rank=4)}
+    stages["residual"] = replace(stages["residual"], calib=calib)
+    with pytest.raises(InputError, match=r"stage 'residual': .*is as stage 'last' left it"):
+        pipeline.check(stages, HuggingFace(path=str(tiny())), tmp_path)
