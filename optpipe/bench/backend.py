@@ -41,6 +41,8 @@ class Backend(ABC):
     """What it computes in: 'float32', 'float16' or 'bfloat16'."""
     device: str
     """'cpu' or the name of the GPU."""
+    decoding: str = "by the runtime"
+    """How a step of one token is run, where there is more than one way."""
 
     @abstractmethod
     def __init__(self, artifact: Artifact, threads: int, dtype: str) -> None: ...

@@ -76,7 +76,7 @@ def _design(outcome: Outcome, judgement: Judgement) -> Entry:
 def _artifact(arm: Arm, table: Table) -> Entry:
     outcome, artifact = table.outcome, arm.artifact
     loaded = outcome.loaded.get(arm.name)
-    told: Entry = {"load_s": None, "weight_bytes": None, "dtype": None, "device": None}
+    told: Entry = dict.fromkeys(("load_s", "weight_bytes", "dtype", "device", "decoding"))
     if loaded is not None:
         told = {key: getattr(loaded, key) for key in told}
     told["content"] = outcome.content.get(arm.name)

@@ -1,10 +1,14 @@
-"""The torch runtime: a transformers model, its DynamicCache, and nothing else between the tokens.
+"""The torch runtime: a transformers model, its KV cache, and nothing else between the tokens.
+
+On a GPU a step of one token is one CUDA graph (`graph`): launched kernel by kernel, a model of a
+billion weights decodes as fast as Python launches, and everything else looks fast beside it.
 
 Shapes: B rows, S tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from inspect import signature
 from typing import Any
 
@@ -15,12 +19,14 @@ from transformers import DynamicCache
 
 from optpipe.artifact import Artifact
 from optpipe.bench.backend import Backend, Ids, Logits
+from optpipe.bench.graph import Rings, Steps, moving
 from optpipe.checkpoint import Checkpoint
 from optpipe.errors import InputError
 from optpipe.model import load
 
 CYCLES_PER_S = 2e9
 """At least as fast as the clock of any GPU, so that a wait is no shorter than asked for."""
+EAGER = "kernel by kernel, KV cache that grows"
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")}
 
 
@@ -38,10 +44,18 @@ class Torch(Backend):
         self._lm = lm.to("cuda" if self._gpu else "cpu")
         self.capacity, self.vocab = checkpoint.decoder.context, checkpoint.decoder.vocab
         self.dtype, self.weight_bytes = dtype, _weight_bytes(self._lm)
-        self._cache: DynamicCache | None = None
         takes = signature(self._lm.forward).parameters
         self._cache_argument = "cache" if "cache" in takes else "past_key_values"  # before 5.24
+        self._cache: DynamicCache | None = None
         self._pad_B: Tensor | None = None
+        windows = [block.window for block in checkpoint.decoder.blocks]
+        self._steps = Steps(self._lm, self._cache_argument, Rings(windows))
+        table = moving(self._lm)
+        self.graphed = self._gpu and table is None
+        """Whether steps are CUDA graphs, or what stands for them on a CPU."""
+        self.decoding = "one CUDA graph a step, KV cache of fixed size" if self.graphed else EAGER
+        if self._gpu and table is not None:
+            self.decoding += f", since a graph cannot replay rotary tables of type '{table}'"
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self.hold_s, self.queued = 0.0, False
         """The GPU waits so long before every pass, and whether the last was queued whole by then:
@@ -58,20 +72,29 @@ class Torch(Backend):
 
     @torch.inference_mode()
     def prefill(self, ids_BS: Ids, lengths_B: Ids) -> Logits:
-        self._cache = DynamicCache(config=self._lm.config)
         pad_B = ids_BS.shape[1] - lengths_B
+        if self.graphed:
+            self._steps.begin(pad_B, ids_BS.shape[1])
+        else:
+            self._cache = DynamicCache(config=self._lm.config)
         self._pad_B = self._tensor(pad_B) if pad_B.any() else None
-        return self._run(_pad_left(ids_BS, pad_B), keep=1)[:, 0]
+        return self._run(_pad_left(ids_BS, pad_B), self._given(0, ids_BS.shape[1]), keep=1)[:, 0]
 
     @torch.inference_mode()
     def decode(self, tokens_B: Ids) -> Logits:
+        if self.graphed:
+            return self._timed(self._steps.ready(tokens_B))[:, 0]
         assert self._cache is not None
-        return self._run(tokens_B[:, None], keep=1)[:, 0]
+        given = self._given(int(self._cache.get_seq_length()), 1)
+        return self._run(tokens_B[:, None], given, keep=1)[:, 0]
 
     @torch.inference_mode()
     def extend(self, ids_BS: Ids) -> Logits:
+        new = ids_BS.shape[1]
+        if self.graphed:
+            return self._run(ids_BS, self._steps.more(new), keep=0)
         assert self._cache is not None
-        return self._run(ids_BS, keep=0)
+        return self._run(ids_BS, self._given(int(self._cache.get_seq_length()), new), keep=0)
 
     @torch.inference_mode()
     def score(self, ids_BS: Ids) -> Logits:
@@ -80,7 +103,7 @@ class Torch(Backend):
         return logits.float().cpu().numpy()
 
     def close(self) -> None:
-        del self._lm
+        del self._lm, self._steps
         self._cache = None
 
     def reset_peak(self) -> None:
@@ -90,7 +113,9 @@ class Torch(Backend):
             super().reset_peak()
 
     def peak_bytes(self) -> int:
-        return torch.cuda.max_memory_allocated() if self._gpu else super().peak_bytes()
+        if not self._gpu:
+            return super().peak_bytes()
+        return torch.cuda.max_memory_allocated() + self._steps.pool_bytes
 
     def device_s(self) -> tuple[float, ...] | None:
         """Between the events around every forward pass; they are read only here, after timing."""
@@ -101,22 +126,34 @@ class Torch(Backend):
         self._events.clear()
         return found
 
-    def _run(self, ids_BS: Ids, keep: int) -> Logits:
+    def _given(self, depth: int, new: int) -> dict[str, Any]:
+        """Masks and positions of so many tokens at a depth, where padding makes them special."""
+        if self._pad_B is None:
+            return {}
+        slots = torch.arange(depth + new, device=self._pad_B.device)
+        return {
+            "attention_mask": (slots >= self._pad_B[:, None]).long(),
+            "position_ids": (slots[depth:] - self._pad_B[:, None]).clamp(min=0),
+        }
+
+    def _run(self, ids_BS: Ids, given: dict[str, Any], keep: int) -> Logits:
         """Feed tokens on top of the cache; logits of the last ``keep`` of them (0: of all)."""
-        assert self._cache is not None
-        depth, new = int(self._cache.get_seq_length()), ids_BS.shape[1]
-        given: dict[str, Any] = {self._cache_argument: self._cache}
-        if self._pad_B is not None:
-            slots = torch.arange(depth + new, device=self._pad_B.device)
-            given["attention_mask"] = (slots >= self._pad_B[:, None]).long()
-            given["position_ids"] = (slots[depth:] - self._pad_B[:, None]).clamp(min=0)
+        cache = self._steps.cache if self.graphed else self._cache
+        given = {**given, self._cache_argument: cache, "use_cache": True, "logits_to_keep": keep}
         input_ids = self._tensor(ids_BS)
+
+        def forward() -> Tensor:
+            logits: Tensor = self._lm(input_ids=input_ids, **given).logits
+            return logits
+
+        return self._timed(forward)
+
+    def _timed(self, call: Callable[[], Tensor]) -> Logits:
+        """Between two events; logits on the host."""
         if self.hold_s and self._gpu:
             torch.cuda._sleep(int(self.hold_s * CYCLES_PER_S))
         start = self._mark()
-        logits: Tensor = self._lm(
-            input_ids=input_ids, use_cache=True, logits_to_keep=keep, **given
-        ).logits
+        logits = call()
         end = self._mark()
         if start is not None and end is not None:
             self._events.append((start, end))

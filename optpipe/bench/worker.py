@@ -73,6 +73,7 @@ class Loaded:
     weight_bytes: int
     dtype: str
     device: str
+    decoding: str = Backend.decoding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,4 +253,5 @@ def _loaded(backend: Backend, load_s: float) -> Loaded:
         weight_bytes=backend.weight_bytes,
         dtype=backend.dtype,
         device=backend.device,
+        decoding=backend.decoding,
     )
