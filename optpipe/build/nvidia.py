@@ -23,6 +23,8 @@ FULL, RTX = "tensorrt", "tensorrt_rtx"
 PACKAGES = (FULL, RTX)
 OLDEST = {FULL: (10, 15), RTX: (1, 7)}
 """The first version whose parser reads TensorScatter, which writes the KV cache."""
+LOWER_RIGHT = (11, 0)
+"""The first TensorRT whose attention has a causal kind and lengths of keys."""
 EXTRA = {FULL: "tensorrt", RTX: "tensorrt-rtx"}
 TARGETS = ("current", "sm75", "sm80", "sm86", "sm89", "sm90", "sm100", "sm120", "sm121")
 FLAGS = ("weight_streaming", "refit", "version_compatible")
@@ -61,6 +63,13 @@ class Package:
         return f"{self.name} {self.version} cannot build for {target} here, only for " + ", ".join(
             self.targets
         )
+
+    def refuse_attention(self, kind: str) -> str | None:
+        """Why it cannot attend so, if it cannot."""
+        if kind == "mask" or self.name != FULL or _release(self.version) >= LOWER_RIGHT:
+            return None
+        oldest = ".".join(map(str, LOWER_RIGHT))
+        return f"{self.name} {self.version} has no attention '{kind}', {oldest} or newer has"
 
     def refuse_flag(self, flag: str) -> str | None:
         """Why it cannot build with ``flag``, if it cannot."""
@@ -108,12 +117,16 @@ def _look(name: str, gpu: str | None) -> Package | str:
         version = str(import_module(name).__version__)
     except (ImportError, OSError) as error:  # its libraries are missing or of another kind
         return f"package '{name}' cannot be imported: {one_line(error)}"
-    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST[name]:
+    if _release(version) < OLDEST[name]:
         oldest = ".".join(map(str, OLDEST[name]))
         return f"{name} {version} cannot read TensorScatter, {oldest} or newer can"
     if name == FULL and gpu is None:
         return f"{name} {version} builds on a machine with an NVIDIA GPU only"
     return Package(name=name, version=version, gpu=gpu)
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
 
 
 def portable(graph: GraphProto) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from onnx import GraphProto, TensorProto
 
+from optpipe.build import causal
 from optpipe.build.nvidia import FULL, Package
 from optpipe.export.graph import MODEL, read, tensor
 from optpipe.stage import Progress
@@ -39,6 +40,8 @@ class Request:
     flags: tuple[str, ...]
     profiles: dict[str, dict[str, Range]]
     """Name -> symbolic size -> range."""
+    attention: str
+    """One of causal.KINDS."""
     workspace_bytes: int | None
     timing_cache: Path | None
 
@@ -71,8 +74,8 @@ def build(request: Request, folder: Path, out: Path, progress: Progress) -> Buil
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
     progress("parsing", 0, 1)
-    if not parser.parse_from_file(str(folder / MODEL)):
-        raise RuntimeError(f"TensorRT cannot read the graph: {_parser_errors(parser)}")
+    parse(parser, folder, request.attention)
+    causal.settle(trt, network, parser)
     config = builder.create_builder_config()
     _configure(trt, config, request, sparse24(folder))
     profiles = {n: shapes(graph, sizes) for n, sizes in request.profiles.items()}
@@ -92,6 +95,15 @@ def build(request: Request, folder: Path, out: Path, progress: Progress) -> Buil
     out.write_bytes(plan)
     _save_timings(config, request.timing_cache)
     return Built(tensors=table(network, graph), profiles=profiles, warnings=logger.warnings)
+
+
+def parse(parser: Any, folder: Path, attention: str) -> None:
+    """Read the graph in ``folder``, weights from where they lie. Raises RuntimeError."""
+    model = read(folder)
+    if attention == "lower_right":
+        causal.unmask(model)
+    if not parser.parse(model.SerializeToString(), str(folder / MODEL)):
+        raise RuntimeError(f"TensorRT cannot read the graph: {_parser_errors(parser)}")
 
 
 def inspect(trt: Any, plan: bytes) -> str | None:

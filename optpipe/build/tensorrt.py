@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from optpipe.artifact import Artifact, Stats
-from optpipe.build import nvidia
+from optpipe.build import causal, nvidia
 from optpipe.build import plan as plans
 from optpipe.build.nvidia import Package
 from optpipe.checkpoint import Checkpoint, copy_side_files
@@ -54,6 +54,9 @@ class TensorRT(Stage):
     the KV cache holds."""
     typical_prompt: int = TYPICAL_PROMPT
     """Tokens that prefill is tuned for, at most ``max_prompt``."""
+    attention: str = "mask"
+    """'mask': that of the graph; 'lower_right': TensorRT's own causal kind by the lengths of the
+    keys, in layers that look at all tokens. The ONNX file, and what is verified, is the same."""
     flags: list[str] = field(default_factory=list)
     """Any of 'weight_streaming', 'refit', 'version_compatible'. Sparse kernels are not asked for
     here: they are allowed where the weights are 2:4."""
@@ -66,6 +69,7 @@ class TensorRT(Stage):
         for name, value, allowed in (
             ("package", self.package, ("auto", *nvidia.PACKAGES)),
             ("target", self.target, (None, *nvidia.TARGETS)),
+            ("attention", self.attention, causal.KINDS),
             *(("flags", flag, nvidia.FLAGS) for flag in self.flags),
         ):
             if value not in allowed:
@@ -84,6 +88,8 @@ class TensorRT(Stage):
         context = model.decoder.context
         if self.max_prompt is not None and self.max_prompt > context:
             raise InputError(f"max_prompt {self.max_prompt} exceeds the context of {context}")
+        if self.attention != "mask" and (why := causal.refuse(model.decoder)) is not None:
+            raise InputError(f"attention '{self.attention}': {why}; use attention=mask")
         package, why = self._package()
         if package is None:
             log.warning("no plan will be built, only its ONNX file checked: %s", why)
@@ -127,6 +133,7 @@ class TensorRT(Stage):
     def _check(self, package: Package) -> None:
         """Raise InputError for what this package cannot do here."""
         refused = [package.refuse_target(self.target), *map(package.refuse_flag, self.flags)]
+        refused.append(package.refuse_attention(self.attention))
         if self.timing_cache is not None and package.name != nvidia.FULL:
             refused.append(f"{package.name} times nothing while it builds: no timing_cache")
         if self.timing_cache is not None and not Path(self.timing_cache).parent.is_dir():
@@ -142,6 +149,7 @@ class TensorRT(Stage):
             target=self.target,
             flags=tuple(self.flags),
             profiles=plans.ranges(self.max_batch, self.max_prompt or capacity, self.typical_prompt),
+            attention=self.attention,
             workspace_bytes=self.workspace_mb and self.workspace_mb * 1_000_000,
             timing_cache=Path(self.timing_cache) if self.timing_cache else None,
         )
@@ -158,6 +166,7 @@ class TensorRT(Stage):
             "version": package.version,
             "gpu": package.gpu,
             "target": package.gpu if self.target == "current" else self.target or default,
+            "attention": self.attention,
             "flags": [*self.flags, *(["sparse_weights"] if plans.sparse24(out) else [])],
             "max_batch": self.max_batch,
             "max_prompt": self.max_prompt or capacity,

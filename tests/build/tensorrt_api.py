@@ -19,16 +19,19 @@ from pathlib import Path
 SNAPSHOT = Path(__file__).with_name("tensorrt_api.json")
 WHEELS = {
     "tensorrt 10.14": ("tensorrt-cu13-bindings==10.14.1.48.post1", "tensorrt_bindings"),
+    "tensorrt 11.0": ("tensorrt-cu13-bindings==11.0.0.114", "tensorrt_bindings"),
     "tensorrt 11.4": ("tensorrt-cu13-bindings==11.4.0.106", "tensorrt_bindings"),
     "tensorrt_rtx 1.7": ("tensorrt-rtx-cu13-bindings==1.7.1.116", "tensorrt_rtx_bindings"),
 }
-CLASSES = ("Builder", "BuilderFlag", "ComputeCapability", "CudaGraphStrategy", "DataType",
-           "EngineInspector", "EngineInvalidityDiagnostics", "EngineValidity",
-           "ExecutionContextAllocationStrategy", "IBuilderConfig", "ICudaEngine",
-           "IExecutionContext", "IHostMemory", "ILogger", "INetworkDefinition",
-           "IOptimizationProfile", "IProgressMonitor", "IRuntimeConfig", "ITensor", "ITimingCache",
-           "LayerInformationFormat", "MemoryPoolType", "NetworkDefinitionCreationFlag",
-           "OnnxParser", "ParserError", "ProfilingVerbosity", "Runtime")  # fmt: skip
+CLASSES = ("Builder", "BuilderFlag", "CausalMaskKind", "ComputeCapability", "CudaGraphStrategy",
+           "DataType", "EngineInspector", "EngineInvalidityDiagnostics", "EngineValidity",
+           "ExecutionContextAllocationStrategy", "HardwareCompatibilityLevel", "IAttention",
+           "IAttentionBoundaryLayer", "IAttentionInputLayer", "IBuilderConfig", "ICudaEngine",
+           "IExecutionContext", "IHostMemory", "ILayer", "ILogger", "INetworkDefinition",
+           "IOptimizationProfile", "IProgressMonitor", "IRuntimeConfig", "ITensor",
+           "ITimingCache", "LayerInformationFormat", "LayerType", "MemoryPoolType",
+           "NetworkDefinitionCreationFlag", "OnnxParser", "ParserError", "ProfilingVerbosity",
+           "Runtime")  # fmt: skip
 SYMBOLS = ("createInferBuilder_INTERNAL", "createInferRefitter_INTERNAL",
            "createInferRuntime_INTERNAL", "createNvOnnxParserRefitter_INTERNAL",
            "createNvOnnxParser_INTERNAL", "getBuilderPluginRegistry", "getNvOnnxParserVersion",

@@ -24,9 +24,10 @@ from optpipe.build import nvidia, plan, tensorrt
 from optpipe.build.generate import Engine
 from optpipe.build.nvidia import Package
 from optpipe.build.tensorrt import TensorRT, about, check_files
+from optpipe.build.twin import exact_checkpoint, exact_graph
 from optpipe.cache.static import KvCache
 from optpipe.calibrate import Calib
-from optpipe.checkpoint import Checkpoint
+from optpipe.checkpoint import Checkpoint, copy_side_files
 from optpipe.config import build, data_dir
 from optpipe.errors import GateError, InputError
 from optpipe.export.onnx import Onnx
@@ -53,8 +54,8 @@ def no_package(monkeypatch):
 def graph(run, tiny):
     """The canonical graph of a model, in float16."""
 
-    def make(folder=None, capacity=64):
-        return run(Onnx(dtype="float16", capacity=capacity), folder or tiny())
+    def make(folder=None, capacity=64, dtype="float16"):
+        return run(Onnx(dtype=dtype, capacity=capacity), folder or tiny())
 
     return make
 
@@ -69,6 +70,7 @@ def test_the_yaml_shows_every_field_with_its_default():
     ({"package": "trt"}, "package must be one of auto, tensorrt, tensorrt_rtx, got 'trt'"),
     ({"target": "sm91"}, "target must be one of null, current, sm75.*got 'sm91'"),
     ({"flags": ["fp16"]}, "flags must be one of weight_streaming, refit.*got 'fp16'"),
+    ({"attention": "causal"}, "attention must be one of mask, lower_right, got 'causal'"),
     ({"max_batch": 0}, "max_batch must be at least 1, got 0"),
     ({"max_prompt": 0}, "max_prompt must be at least 1"),
     ({"typical_prompt": -1}, "typical_prompt must be at least 1, got -1"),
@@ -222,27 +224,6 @@ def rtx():
     return pytest.importorskip("tensorrt_rtx")
 
 
-@pytest.mark.parametrize("form, tolerance", [("int4 g32", 5e-3), ("int8 W8A8", 5e-2)])
-def test_the_graph_that_was_built_is_right_at_every_depth(form, tolerance, graph, run, tiny, rtx):
-    """The very bytes, by hash: prompts of different lengths, a chunk, decoding until it is full.
-
-    An input that float16 moves past the middle of two int8 codes changes more than float16 does.
-    """
-    source = run(FORMATS[form], tiny("qwen3"))
-    made = run(TensorRT(), graph(source, capacity=48))
-    check_files(made.path)
-    ids = np.random.default_rng(0).integers(3, 288, (2, 49))
-    lengths = np.array([9, 4])
-    torch_side, ours = open_backend(source), Engine(made.path, 1)
-    calls = [lambda b: b.prefill(ids[:, :9], lengths), lambda b: b.extend(ids[:, 9:20])]
-    calls += [lambda b, t=t: b.decode(ids[:, t]) for t in range(20, 48)]
-    for call in calls:
-        got, expected = call(ours), call(torch_side)
-        assert np.sqrt(np.mean((got - expected) ** 2)) < tolerance * expected.std()
-    with pytest.raises(ValueError, match="49 tokens exceed the engine's capacity of 48"):
-        ours.decode(ids[:, 48])
-
-
 def test_an_engine_that_takes_more_than_it_holds_is_refused(no_package, graph, run, monkeypatch):
     made = replace(run(TensorRT(), graph()), format="onnx")
     check_full(made)
@@ -261,14 +242,59 @@ def test_a_plan_of_a_corrected_layer(graph, run, tiny, rtx):
     out = quantized.path.with_name("corrected")
     out.mkdir()
     stage.run_with(quantized, Artifact(path=tiny(), format="hf", key="k"), out, lambda *_: None)
-    assert_whole(run(TensorRT(), graph(out)), rtx)
+    made = run(TensorRT(), graph(out, capacity=48))
+    assert_whole(made, rtx)
+    assert_right_at_every_depth(made.path, replace(quantized, path=out), 5e-3)
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_plans_are_built_of_every_format(form, graph, run, tiny, rtx):
-    made = run(TensorRT(), graph(run(FORMATS[form], tiny())))
+def test_plans_are_built_of_every_format(form, graph, run, tiny, rtx, tmp_path):
+    """An input that lies between two codes goes up on one side and down on the other: without
+    the rounding of inputs, both sides are as close as without codes."""
+    source = run(FORMATS[form], tiny())
+    made = run(TensorRT(), graph(source, capacity=48))
     assert_whole(made, rtx)
     assert ("sparse_weights" in about(made.path)["flags"]) == (form == "2:4")
+    if "W8A8" in form:
+        assert_right_at_every_depth(made.path, source, 0.1 if "fp8" in form else 0.05)
+        made, source = unrounded(made, tmp_path / "graph"), unrounded(source, tmp_path / "model")
+    assert_right_at_every_depth(made.path, source, 5e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_plans_are_built_of_floats(dtype, graph, run, tiny, rtx, tmp_path):
+    """ONNX Runtime multiplies no bfloat16: its values are computed with in float32."""
+    made = run(TensorRT(), graph(capacity=48, dtype=dtype))
+    source = Artifact(path=tiny(), format="hf", key="k")
+    assert_whole(made, rtx)
+    if dtype == "bfloat16":
+        made = unrounded(made, tmp_path / "graph")
+    assert_right_at_every_depth(made.path, source, 3e-2 if dtype == "bfloat16" else 5e-3)
+
+
+def unrounded(artifact, folder):
+    """With the same weights, inputs as they come; bfloat16 values in float32."""
+    folder.mkdir()
+    if artifact.format == "hf":
+        exact_checkpoint(artifact.path, folder)
+    else:
+        exact_graph(artifact.path, folder)
+        copy_side_files(artifact.path, folder)
+    return replace(artifact, path=folder)
+
+
+def assert_right_at_every_depth(folder, source, tolerance):
+    """The very bytes: rows of different lengths, a chunk, decoding until the cache is full."""
+    ids = np.random.default_rng(0).integers(3, 288, (2, 49))
+    lengths = np.array([9, 4])
+    torch_side, ours = open_backend(source), Engine(folder, 1)
+    calls = [lambda b: b.prefill(ids[:, :9], lengths), lambda b: b.extend(ids[:, 9:20])]
+    calls += [lambda b, t=t: b.decode(ids[:, t]) for t in range(20, 48)]
+    for call in calls:
+        got, expected = call(ours), call(torch_side)
+        assert np.sqrt(np.mean((got - expected) ** 2)) < tolerance * expected.std()
+    with pytest.raises(ValueError, match="49 tokens exceed the engine's capacity of 48"):
+        ours.decode(ids[:, 48])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -294,6 +320,7 @@ def weights(folder):
 
 def assert_whole(made, rtx):
     """A plan that TensorRT recognizes, and a sidecar that says all of it."""
+    check_files(made.path)
     blob, told = (made.path / tensorrt.PLAN).read_bytes(), about(made.path)
     assert not plan.malformed(rtx, blob) and plan.malformed(rtx, blob[4:])
     assert told["package"] == "tensorrt_rtx" and told["version"] == rtx.__version__
@@ -301,7 +328,10 @@ def assert_whole(made, rtx):
     graph = onnx.load(made.path / "model.onnx", load_external_data=False).graph
     tensors = {entry["name"]: entry for entry in told["tensors"]}
     assert tensors.keys() == {v.name for v in (*graph.input, *graph.output)}
-    assert tensors["logits"]["shape"] == ["B", "L", 288] and tensors["logits"]["dtype"] == "half"
+    assert tensors["logits"]["shape"] == ["B", "L", 288] and tensors["logits"]["dtype"] in (
+        "half",
+        "bf16",
+    )
     assert tensors["past_key_values.0.key"]["shape"][0] == "B"
     assert list(told["profiles"]) == ["prefill", "decode"]
 
@@ -321,12 +351,14 @@ def test_options_reach_the_builder(graph, run, rtx, monkeypatch):
     monkeypatch.setattr(plan, "_configure", spy)
     steps = []
     source, out = graph(), run
-    stage = TensorRT(target="sm89", flags=["weight_streaming"], workspace_mb=64, max_batch=2)
+    stage = TensorRT(target="sm89", flags=["weight_streaming"], workspace_mb=64, max_batch=2,
+                     attention="lower_right")  # fmt: skip
     monkeypatch.setattr(plan, "reporter", _recording(plan.reporter, steps))
     made = out(stage, source)
     assert {"WEIGHT_STREAMING", "TF32"} == configs[1]
     assert configs[2:] == ["SM89", 64_000_000]
     assert about(made.path)["target"] == "sm89"
+    assert about(made.path)["attention"] == "lower_right"
     assert about(made.path)["profiles"]["decode"]["input_ids"] == [[1, 1], [1, 1], [2, 1]]
     assert steps and all(0 < done <= total for _, done, total in steps)
 

@@ -1,4 +1,4 @@
-"""What the builder and the backend call exists in TensorRT 10.14, 11.4 and TensorRT for RTX 1.7.
+"""What the builder and the backend call exists in TensorRT 10.14 to 11.4 and TensorRT for RTX 1.7.
 
 The calls are read from our own source, types of variables from the signatures of what made them, so
 that nothing has to be listed by hand. Signatures are those of the docstrings in the wheels
@@ -21,14 +21,18 @@ from optpipe.build import nvidia
 HERE, PACKAGE = Path(__file__).parent, Path(optpipe.__file__).parent
 API = json.loads((HERE / "tensorrt_api.json").read_text())
 RTX = "tensorrt_rtx 1.7"
-FILES = [PACKAGE / "build" / "nvidia.py", PACKAGE / "build" / "plan.py",
-         PACKAGE / "bench" / "tensorrt.py"]  # fmt: skip
-PARAMETERS = {"module": "module", "network_tensor": "ITensor", "error": "ParserError"}
+FILES = [PACKAGE / "build" / "nvidia.py", PACKAGE / "build" / "causal.py",
+         PACKAGE / "build" / "plan.py", PACKAGE / "bench" / "tensorrt.py"]  # fmt: skip
+PARAMETERS = {"module": "module", "network_tensor": "ITensor", "error": "ParserError",
+              "network": "INetworkDefinition", "parser": "OnnxParser",
+              "boundary": "IAttentionBoundaryLayer", "_attention()": "IAttention"}  # fmt: skip
 """Names of ours whose type the source does not tell, or whose maker is documented in C++."""
 ONLY_RTX = {"ComputeCapability", "CudaGraphStrategy", "EngineValidity",
             "EngineInvalidityDiagnostics", "num_compute_capabilities", "set_compute_capability",
             "cuda_graph_strategy", "get_engine_validity", "engine_header_size"}  # fmt: skip
 """What is called for TensorRT for RTX alone."""
+SINCE_11 = {"CausalMaskKind", "causal_kind", "key_value_lengths"}
+"""What build.attention=lower_right needs, which older ones refuse."""
 
 
 @dataclass(frozen=True)
@@ -157,20 +161,39 @@ def fits(signature, use):
 def test_the_source_is_read():
     print(*(f"{u.owner}.{u.member}" for u in USES), sep="\n")
     found = {f"{use.owner}.{use.member}" for use in USES}
-    expected = {"Builder.build_serialized_network", "OnnxParser.parse_from_file",
+    expected = {"Builder.build_serialized_network", "OnnxParser.parse",
                 "IOptimizationProfile.set_shape", "IBuilderConfig.progress_monitor",
                 "IExecutionContext.execute_async_v3", "Runtime.deserialize_cuda_engine",
                 "ILogger.Severity.ERROR", "ITimingCache.serialize", "ITensor.shape",
                 "EngineInspector.get_engine_information", "ParserError.desc",
                 "ICudaEngine.create_execution_context", "IRuntimeConfig.cuda_graph_strategy",
-                "IExecutionContext.set_tensor_address", "Runtime.get_engine_validity"}  # fmt: skip
+                "IExecutionContext.set_tensor_address", "Runtime.get_engine_validity",
+                "IAttention.key_value_lengths", "CausalMaskKind.LOWER_RIGHT",
+                "IAttentionBoundaryLayer.attention", "LayerType.ATTENTION_INPUT",
+                "OnnxParser.get_layer_output_tensor", "INetworkDefinition.get_layer"}  # fmt: skip
     assert expected <= found and len(found) > 50
+
+
+def causal(version):
+    """Whether our own code takes this release for one that attends LOWER_RIGHT."""
+    name = "tensorrt_rtx" if version == RTX else "tensorrt"
+    package = nvidia.Package(name=name, version=API[version]["version"], gpu=None)
+    return package.refuse_attention("lower_right") is None
+
+
+@pytest.mark.parametrize("version", API)
+def test_the_releases_that_attend_lower_right_are_those_with_its_api(version):
+    classes = API[version]["classes"]
+    found = SINCE_11 & {*classes, *classes["IAttention"]}
+    assert found == (SINCE_11 if causal(version) else set())
 
 
 @pytest.mark.parametrize("version", API)
 @pytest.mark.parametrize("use", USES, ids=lambda u: f"{u.owner}.{u.member}@{u.where}")
 def test_it_exists_with_that_signature(use, version):
     if version != RTX and ({use.member} | set(use.owner.split("."))) & ONLY_RTX:
+        return
+    if not causal(version) and ({use.member} | set(use.owner.split("."))) & SINCE_11:
         return
     owner = members(API[version], use.owner)
     assert owner is not None, f"{version} has no {use.owner}, or tensorrt_api.py does not list it"
