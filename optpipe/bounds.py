@@ -12,6 +12,18 @@ def divisor(name: str, form: Form) -> int:
     return form.bound if form.bound and name.endswith(".left") else form.cols
 
 
+def ends(name: str, form: Form) -> list[Form]:
+    """A planned layer at the largest and, if its rank is open, at the smallest rank there may be.
+
+    One that stays whole, though planned as factors, has no more scales for its weights than these.
+    """
+    if form.bound and name.endswith(".right"):
+        return [form, replace(form, rows=form.bound)]
+    if form.bound and name.endswith(".left"):
+        return [form, replace(form, cols=form.bound)]
+    return [form]
+
+
 def departure(made: Layers, planned: Layers) -> str | None:
     """The first layer that is not as planned; None if all are, within the bounds of the plan."""
     left = dict(planned)

@@ -42,12 +42,24 @@ class Factorize(Stage):
 
     def rank(self, form: Form) -> int:
         """floor(keep * R * C / (R + C)), rounded down to a multiple of ``rank_multiple``."""
-        budget = int(self.keep * form.rows * form.cols / (form.rows + form.cols))
-        return budget - budget % self.rank_multiple
+        largest = self._largest(form)
+        return largest - largest % self.rank_multiple
 
-    def most(self, form: Form) -> int:
-        """The largest rank that is planned for."""
-        return self.rank(form)
+    def _largest(self, form: Form) -> int:
+        return int(self.keep * form.rows * form.cols / (form.rows + form.cols))
+
+    def most(self, name: str, form: Form) -> int:
+        """The largest rank that is planned for; 0 if the layer stays whole. Raises ValueError."""
+        if (rank := self.rank(form)) >= 1:
+            return rank
+        if (largest := self._largest(form)) >= 1:
+            advice = f"lower rank_multiple to at most {largest} or leave it out of targets"
+        else:
+            advice = "leave it out of targets"
+        raise ValueError(
+            f"keep={self.keep} leaves layer '{name}' ({form.rows} x {form.cols}) no rank that "
+            f"is a multiple of {self.rank_multiple}; {advice}"
+        )
 
     @property
     def bound(self) -> int | None:
@@ -59,21 +71,13 @@ class Factorize(Stage):
         order.check("factorize", layers, chosen)
         planned: Layers = {}
         for name, form in layers.items():
-            if name not in chosen:
+            rank = self.most(name, form) if name in chosen else 0
+            if not rank:
                 planned[name] = form
                 continue
-            rank = self._checked_rank(name, form)
             planned[f"{name}.right"] = Form(rows=rank, cols=form.cols, bound=self.bound)
             planned[f"{name}.left"] = Form(rows=form.rows, cols=rank, bound=self.bound)
         return planned
-
-    def _checked_rank(self, name: str, form: Form) -> int:
-        if (rank := self.most(form)) < 1:
-            raise ValueError(
-                f"keep={self.keep} leaves layer '{name}' ({form.rows} x {form.cols}) no rank that "
-                f"is a multiple of {self.rank_multiple}; raise keep or lower rank_multiple"
-            )
-        return rank
 
     @abstractmethod
     def factors(self, weight_RC: Tensor, rank: int, statistic: Any) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from optpipe.allocate import Option, allocate
+from optpipe.blockwise import select
 from optpipe.calibrate import Calib, Cross, Gram, Observation
 from optpipe.checkpoint import Checkpoint
 from optpipe.flow import observed
@@ -83,11 +84,27 @@ class SvdLlm(Factorize):
         if self.allocation not in ALLOCATIONS:
             raise ValueError(f"allocation must be one of {ALLOCATIONS}, got '{self.allocation}'")
 
-    def most(self, form: Form) -> int:
+    def most(self, name: str, form: Form) -> int:
         if self.allocation == "uniform":
-            return self.rank(form)
+            return super().most(name, form)
+        return self._worth(form)
+
+    def _worth(self, form: Form) -> int:
         below = -(-form.rows * form.cols // (form.rows + form.cols)) - 1  # fewer weights than W
         return below - below % self.rank_multiple
+
+    def plan(self, layers: Layers) -> Layers:
+        planned = super().plan(layers)
+        if self.allocation != "uniform":
+            forms = [layers[name] for name in select(layers, self.targets)]
+            least = sum(self.costs(form)[0] for form in forms)
+            if least > self.keep * (whole := sum(form.rows * form.cols for form in forms)):
+                raise ValueError(
+                    f"keep={self.keep} is below {least / whole:.3g}, the share of their parameters "
+                    f"that the layers keep at rank {self.rank_multiple}, or whole where they are "
+                    "too small for it; lower rank_multiple or raise keep"
+                )
+        return planned
 
     @property
     def bound(self) -> int | None:
@@ -112,14 +129,17 @@ class SvdLlm(Factorize):
         whole = {name for name, options in curves.items() if taken[name] == len(options) - 1}
         return {name: rank for name, rank in multiples.items() if name not in whole}
 
+    def costs(self, form: Form) -> list[int]:
+        """Parameters at every rank that is allowed, and of the whole layer."""
+        ranks = range(self.rank_multiple, self._worth(form) + 1, self.rank_multiple)
+        return [*(rank * (form.rows + form.cols) for rank in ranks), form.rows * form.cols]
+
     def options(self, form: Form, lost: Tensor) -> list[Option]:
-        """Every rank that is allowed, and the whole layer; ``lost[k]`` is the loss of rank k."""
-        ranks = range(self.rank_multiple, self.most(form) + 1, self.rank_multiple)
-        options = [
-            Option(rank * (form.rows + form.cols), float(lost[min(rank, len(lost) - 1)]))
-            for rank in ranks
-        ]
-        return [*options, Option(form.rows * form.cols, 0.0)]
+        """What each of them loses; ``lost[k]`` is the loss of rank k."""
+        *factored, whole = self.costs(form)
+        ranks = (cost // (form.rows + form.cols) for cost in factored)
+        losses = [float(lost[min(rank, len(lost) - 1)]) for rank in ranks]
+        return [*map(Option, factored, losses), Option(whole, 0.0)]
 
     def factors(self, weight_RC: Tensor, rank: int, statistic: Gram) -> tuple[Tensor, Tensor]:
         left_RK, right_KC = whitened(weight_RC, statistic.mean_CC, rank)

@@ -20,6 +20,7 @@ from optpipe import model
 from optpipe.allocate import Curves, Option, allocate
 from optpipe.artifact import Artifact, Stats
 from optpipe.blockwise import select
+from optpipe.bounds import ends
 from optpipe.calibrate import Calib, Gram, Observation
 from optpipe.checkpoint import Checkpoint
 from optpipe.flow import observed
@@ -70,15 +71,33 @@ class Mixed(Quantize):
 
     def plan(self, layers: Layers) -> Layers:
         planned = super().plan(layers)
-        bounded = [planned[name] for name in select(layers, self.targets, self.head)]
-        least = sum(_stored(replace(form, bits=min(self.bits))) for form in bounded)
-        least /= sum(form.rows * form.cols for form in bounded)
+        chosen = select(layers, self.targets, self.head)
+        ranks = {name: ends(name, layers[name]) for name in chosen}
+        least = self._least([[self._fewest(n, f) for f in forms] for n, forms in ranks.items()])
         if self.average_bits < least:
+            at = ", at the worst of the ranks that are still open"
             raise ValueError(
                 f"average_bits={self.average_bits} is below {least:.4g}, what {min(self.bits)} "
                 f"bits a weight and the scales of group_size={self.group_size} take"
+                + at
+                * any(len(forms) > 1 for forms in ranks.values())
             )
         return planned
+
+    def _fewest(self, name: str, form: Form) -> Form:
+        return replace(self.form(name, form), bits=min(self.bits))
+
+    def _least(self, ends: list[list[Form]]) -> float:
+        """Bits a weight where all take the fewest, at the ranks that make that most.
+
+        The largest ratio of two sums, by the iteration of Dinkelbach (1967).
+        """
+        average, found = -1.0, 0.0
+        while found > average:
+            average = found
+            worst = [max(f, key=lambda f: _stored(f) - average * f.rows * f.cols) for f in ends]
+            found = sum(map(_stored, worst)) / sum(f.rows * f.cols for f in worst)
+        return average
 
     def quantize(
         self, layer: nn.Module, weight_RC: Tensor, form: Form, statistic: Gram

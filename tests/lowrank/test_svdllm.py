@@ -188,3 +188,25 @@ def test_ranks_go_where_the_loss_feels_them_and_a_costly_layer_stays_whole():
 def test_an_unknown_allocation_is_refused():
     with pytest.raises(ValueError, match=r"allocation must be one of .* got 'best'"):
         SvdLlm(allocation="best")
+
+
+def test_a_layer_too_small_for_a_rank_stays_whole_under_one_budget_and_is_refused_alone():
+    layers = {"large": Form(rows=64, cols=96), "small": Form(rows=6, cols=64)}
+    planned = SvdLlm(allocation="allocator", rank_multiple=8).plan(layers)
+    assert [*planned] == ["large.right", "large.left", "small"]
+    with pytest.raises(
+        ValueError, match=r"'small' .*multiple of 8; lower rank_multiple to at mo.* 4"
+    ):
+        SvdLlm(rank_multiple=8).plan(layers)
+    with pytest.raises(
+        ValueError, match=r"'small' \(1 x 64\) no rank .*; leave it out of targets$"
+    ):
+        SvdLlm(rank_multiple=1).plan({"small": Form(rows=1, cols=64)})
+
+
+def test_a_budget_that_no_ranks_meet_is_refused_before_any_work():
+    """The least is 32 * 160 of 6144 parameters in the large layer and all 384 of the small one."""
+    layers = {"large": Form(rows=64, cols=96), "small": Form(rows=6, cols=64)}
+    with pytest.raises(ValueError, match=r"keep=0.8 is below 0.843, the share .* at rank 32"):
+        SvdLlm(allocation="allocator", keep=0.8).plan(layers)
+    SvdLlm(allocation="allocator", keep=0.85).plan(layers)

@@ -1,6 +1,7 @@
 """Mixed precision: within the budget, the best there is, and refused before any work."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ import torch
 from optpipe import model
 from optpipe.calibrate import Gram
 from optpipe.checkpoint import Checkpoint
-from optpipe.linear import Form
+from optpipe.linear import PER_CHANNEL, Form
+from optpipe.lowrank.svdllm import SvdLlm
 from optpipe.prune.magnitude import Magnitude
 from optpipe.quant.gptq import Gptq
 from optpipe.quant.mixed import Mixed
@@ -119,6 +121,24 @@ def test_what_cannot_be_is_refused(tiny):
     ):
         with pytest.raises(ValueError, match=message):
             Mixed(**fields)
+
+
+def test_a_budget_holds_for_every_rank_that_may_come():
+    """Whole rows share a scale, so that small ranks cost more a weight: 16 bits for 4 of them."""
+    layers = {name: Form(rows=r, cols=c) for name, (r, c) in {"a": (64, 96), "b": (96, 8)}.items()}
+    open_ranks = SvdLlm(allocation="allocator", rank_multiple=4, targets=["a"]).plan(layers)
+    most = open_ranks["a.left"].cols
+
+    def least(rank):
+        scales, weights = rank + 64 + 96, rank * (64 + 96) + 96 * 8
+        return 3 + 16 * scales / weights
+
+    worst = max(least(rank) for rank in range(4, most + 1, 4))
+    assert worst > least(most) + 0.1
+    stage = Mixed(group_size=PER_CHANNEL, average_bits=worst + 1e-6)
+    stage.plan(open_ranks)
+    with pytest.raises(ValueError, match=r"is below .* at the worst of the ranks that are still"):
+        replace(stage, average_bits=worst - 1e-6).plan(open_ranks)
 
 
 def test_a_layer_without_output_loses_nothing():
