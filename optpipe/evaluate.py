@@ -150,21 +150,21 @@ class Scorer:
 
 
 def compare(base: Mapping[str, Entry], own: Mapping[str, Entry]) -> Entry:
-    """For each task the documents that became right and wrong, and the exact McNemar p-value.
+    """For each metric of each task the documents that became right and wrong, and McNemar's p.
 
     It tests that both kinds of change are equally likely, on the documents that changed alone.
+    Metrics that are not right or wrong for a document, such as F1, have none.
     """
-    found = {}
-    for task in own:
-        pairs = [*zip(base[task]["correct"], own[task]["correct"], strict=True)]
-        better = sum(b < o for b, o in pairs)
-        worse = sum(b > o for b, o in pairs)
-        found[task] = {
-            "became_right": better,
-            "became_wrong": worse,
-            "mcnemar_p": mcnemar(better, worse),
-        }
-    return found
+    return {
+        task: {metric: _changes(base[task]["correct"][metric], now) for metric, now in of.items()}
+        for task, of in ((task, told["correct"]) for task, told in own.items())
+    }
+
+
+def _changes(before: Sequence[float], now: Sequence[float]) -> Entry:
+    pairs = [*zip(before, now, strict=True)]
+    better, worse = sum(b < n for b, n in pairs), sum(b > n for b, n in pairs)
+    return {"became_right": better, "became_wrong": worse, "mcnemar_p": mcnemar(better, worse)}
 
 
 def mcnemar(better: int, worse: int) -> float:
@@ -175,22 +175,27 @@ def mcnemar(better: int, worse: int) -> float:
 
 
 def _result(found: Mapping[str, Any], task: str) -> Entry:
-    """The metrics of one task with standard errors, and which documents were right."""
+    """The metrics of one task with standard errors, and by which of them a document was right."""
     metrics: Entry = {}
+    correct: Entry = {}
+    rows = found["samples"].get(task, [])
     for key, value in found["results"][task].items():
         name, _, filtered = key.partition(",")
         if not filtered or name.endswith("_stderr") or not isinstance(value, int | float):
             continue
         error = found["results"][task].get(f"{name}_stderr,{filtered}")
         known = isinstance(error, int | float)
-        metrics[name if filtered == "none" else key] = {
+        shown = name if filtered == "none" else key
+        metrics[shown] = {
             "value": value,
             "stderr": error if known else None,
             "reasons": {} if known else {"stderr": NO_ERROR},
         }
-    rows = found["samples"].get(task, [])
-    correct = [float(row["acc"]) for row in rows if "acc" in row]
-    return {"metrics": metrics, "documents": len(rows), "correct": correct}
+        each = [row[name] for row in rows if row["filter"] == filtered and name in row]
+        if each and set(each) <= {0, 1}:
+            correct[shown] = [float(one) for one in each]
+    documents = len({row["doc_id"] for row in rows})
+    return {"metrics": metrics, "documents": documents, "correct": correct}
 
 
 def main() -> int:

@@ -79,10 +79,13 @@ def test_mcnemar_is_the_sign_test_of_what_changed(better, worse):
     assert mcnemar(better, worse) == pytest.approx(expected, rel=1e-9)
 
 
-def test_changes_count_documents_both_ways():
-    base, own = {"t": {"correct": [1.0, 1.0, 0.0, 0.0]}}, {"t": {"correct": [1.0, 0.0, 1.0, 1.0]}}
-    expected = {"became_right": 2, "became_wrong": 1, "mcnemar_p": 1.0}
-    assert compare(base, own) == {"t": expected}
+def test_changes_count_documents_both_ways_and_for_each_metric():
+    correct = {"acc": [1.0, 1.0, 0.0, 0.0], "acc_norm": [0.0] * 4}
+    now = {"acc": [1.0, 0.0, 1.0, 1.0], "acc_norm": [0.0, 0.0, 0.0, 1.0]}
+    acc = {"became_right": 2, "became_wrong": 1, "mcnemar_p": 1.0}
+    norm = {"became_right": 1, "became_wrong": 0, "mcnemar_p": 1.0}
+    found = compare({"t": {"correct": correct}}, {"t": {"correct": now}})
+    assert found == {"t": {"acc": acc, "acc_norm": norm}}
 
 
 def test_the_bundled_questions_are_what_their_function_makes():
@@ -176,8 +179,11 @@ def test_the_bundled_task_shows_that_the_demo_model_has_learned(harness, demo):
     accuracy = found["metrics"]["acc"]
     assert found["documents"] == 16
     assert (
-        accuracy["value"] == pytest.approx(np.mean(found["correct"])) and accuracy["value"] >= 0.5
+        accuracy["value"] == pytest.approx(np.mean(found["correct"]["acc"]))
+        and accuracy["value"] >= 0.5
     )
+    norm = found["metrics"]["acc_norm"]["value"]
+    assert norm == pytest.approx(np.mean(found["correct"]["acc_norm"]))
     spread = math.sqrt(accuracy["value"] * (1 - accuracy["value"]) / 15)
     assert accuracy["stderr"] == pytest.approx(spread)
 

@@ -32,8 +32,9 @@ def under_load(found):
 def evaluated(found):
     for artifact in found["artifacts"]:
         told = {"metrics": {"acc": {"value": 0.75, "stderr": 0.0217, "reasons": {}}},
-                "documents": 400, "correct": [1.0] * 300}  # fmt: skip
-        change = {"became_right": 4, "became_wrong": 14, "mcnemar_p": mcnemar(4, 14)}
+                "documents": 400, "correct": {"acc": [1.0] * 300}}  # fmt: skip
+        told["metrics"]["f1"] = {"value": 0.5, "stderr": 0.01, "reasons": {}}
+        change = {"acc": {"became_right": 4, "became_wrong": 14, "mcnemar_p": mcnemar(4, 14)}}
         artifact["evaluation"] = {
             "tasks": {"next_line": told}, "changes": {"next_line": change}, "reasons": {},
         }  # fmt: skip
@@ -71,8 +72,10 @@ def test_a_run_without_a_server_or_tasks_has_no_such_section():
 
 
 def test_tasks_show_flips_and_their_test(report):
-    rows = [*tasks.rows(report)]
+    rows = [row for row in tasks.rows(report) if row[2] == "acc"]
     assert rows[1][1:] == ["next_line", "acc", "0.7500", "0.0217", "400", "4", "14", "0.031"]
+    rows = [row for row in tasks.rows(report) if row[2] == "f1"]
+    assert rows[1][-3:] == ["\u2013"] * 3
     text, page = tables.markdown(report), html.page(report, [])
     assert "| next_line | acc | 0.7500 |" in text and "to wrong" in page
 

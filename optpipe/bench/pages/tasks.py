@@ -11,7 +11,8 @@ HEADER = ("artifact", "task", "metric", "value", "std error", "documents", "to r
           "McNemar p")  # fmt: skip
 READ = (
     "Each document is held against the same document of the baseline: so many became right, so "
-    "many wrong. McNemar's exact test asks whether both are equally likely."
+    "many wrong. McNemar's exact test asks whether both are equally likely. A metric that is not "
+    "right or wrong for a document has neither."
 )
 Report = Mapping[str, Any]
 
@@ -26,7 +27,7 @@ def rows(report: Report) -> Iterator[list[str]]:
                 yield [
                     name, task, metric, number(told["value"], 1, "{:.4f}"),
                     number(told["stderr"], 1, "{:.4f}"), str(of["documents"]),
-                    *_changes(changes.get(task)),
+                    *_changes(changes.get(task, {}).get(metric)),
                 ]  # fmt: skip
 
 
