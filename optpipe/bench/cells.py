@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from optpipe.bench import energy
 from optpipe.bench.bottlenecks import host
 from optpipe.bench.evidence import resampling
 from optpipe.bench.evidence.dependence import DEPENDENT, paired
@@ -83,6 +84,8 @@ class Table:
         values, reasons = _values(own, cell, why)
         device, no_device = host.entry(own.samples if own else [], cell, why)
         reasons |= no_device
+        spent, no_energy = energy.entry(self.outcome.measured, name, cell, self.outcome.bench, why)
+        reasons |= no_energy
         if own is None:
             reasons["cpu_s"] = why
         elif cell in self.outcome.measured.stopped:
@@ -98,6 +101,7 @@ class Table:
             "blocks": own.blocks if own else 0,
             "cpu_s": median([sample.cpu_s for sample in own.samples]) if own else None,
             **device,
+            "energy": spent,
             "percentiles": {
                 "ttft_s": _percentiles(_firsts(own, "ttft_s") if own else [], why),
                 **(

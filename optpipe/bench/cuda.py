@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 
+def uuid() -> str:
+    """Of the current GPU, as NVML calls it."""
+    return f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
+
+
 class Cuda:
     """One stream of the current GPU; memory is torch's, so that it is counted."""
 

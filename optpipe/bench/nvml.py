@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
-from ctypes import byref, c_uint, c_ulonglong, c_void_p, create_string_buffer
+from ctypes import byref, c_char_p, c_uint, c_ulonglong, c_void_p, create_string_buffer
 from typing import Any
 
 LIBRARY = "libnvidia-ml.so.1"
@@ -45,6 +45,40 @@ def gpus() -> list[Facts]:
         return [*read(library)]
     finally:
         library.nvmlShutdown()
+
+
+class Counter:
+    """The counters of one GPU. Raises OSError where the driver has none for it."""
+
+    name = "NVML, the whole board"
+
+    def __init__(self, uuid: str, library: Any = None) -> None:
+        self._library = library or ctypes.CDLL(LIBRARY)
+        self._handle = c_void_p()
+        if self._library.nvmlInit_v2() != OK:
+            raise OSError("NVML cannot be initialized")
+        code = self._library.nvmlDeviceGetHandleByUUID(c_char_p(uuid.encode()), byref(self._handle))
+        if code != OK:
+            raise OSError(f"NVML knows no GPU '{uuid}' (code {code})")
+        self.joules()
+
+    def joules(self) -> float:
+        """Energy since the driver was loaded."""
+        value = c_ulonglong()  # mJ
+        code = self._library.nvmlDeviceGetTotalEnergyConsumption(self._handle, byref(value))
+        if code != OK:
+            raise OSError(f"the driver counts no energy of this GPU (NVML code {code})")
+        return value.value / 1e3
+
+    def watts(self) -> float:
+        """Power draw; since Ampere an average over the last second."""
+        value = _number(self._library.nvmlDeviceGetPowerUsage, self._handle)
+        if value is None:
+            raise OSError("the driver does not tell the power of this GPU")
+        return value / 1e3
+
+    def close(self) -> None:
+        self._library.nvmlShutdown()
 
 
 def read(library: Any) -> Iterator[Facts]:

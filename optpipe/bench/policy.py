@@ -10,6 +10,8 @@ from optpipe.bench.fidelity.quality import QualityConfig
 from optpipe.bench.machine import usable_cores
 from optpipe.errors import InputError
 
+LEAST_S = 10.0
+"""Shortest window in which energy is counted."""
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -37,13 +39,16 @@ class BenchConfig:
     """Threads of every arm; null: the cores this process may use."""
     dtypes: list[str] = field(default_factory=lambda: ["float32", "bfloat16"])
     """What the baseline computes in, once for each; the first is that of all torch arms."""
+    energy_s: float = 0.0
+    """How long every arm works in every cell while its energy is counted, at least 10; 0: not."""
     seed: int = 0
     """Of the token ids and of the order of the arms."""
     quality: QualityConfig = field(default_factory=QualityConfig)
 
     def __post_init__(self) -> None:
         least = {"blocks": 1, "max_blocks": self.blocks, "warmup": 2, "warmup_s": 0, "budget_s": 0,
-                 "iteration_limit_s": 0, "seed": 0}  # fmt: skip
+                 "iteration_limit_s": 0, "seed": 0,
+                 "energy_s": LEAST_S if self.energy_s else 0}  # fmt: skip
         for name, low in least.items():
             if not low <= getattr(self, name) < math.inf:  # NaN is neither
                 raise InputError(f"bench.{name}={getattr(self, name)}: at least {low} is needed")

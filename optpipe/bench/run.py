@@ -14,6 +14,7 @@ from optpipe.artifact import Artifact
 from optpipe.bench import machine, preflight, report
 from optpipe.bench.bottlenecks import bottleneck, host
 from optpipe.bench.bottlenecks.physics import Physics, survey
+from optpipe.bench.energy import measure_energy
 from optpipe.bench.evidence.verdict import INVALID
 from optpipe.bench.fidelity import gate, quality
 from optpipe.bench.fidelity.reference import keep_in
@@ -166,6 +167,8 @@ def _side_by_side(outcome: Outcome, number: int, given: Sequence[Arm], progress:
         )
         if residents.workers:
             measure(session, outcome.cells, bench, outcome.measured, progress)
+        if residents.workers and bench.energy_s:
+            measure_energy(session, outcome.cells, bench, outcome.measured, progress)
 
 
 def _taking_turns(outcome: Outcome, name: str, progress: Progress) -> None:

@@ -30,6 +30,7 @@ START_S = 300.0
 """Longest wait for a worker to import its runtime."""
 CLOSE_S = 10.0
 KILLED = -9
+CPU = "cpu"
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +75,8 @@ class Loaded:
     dtype: str
     device: str
     decoding: str = Backend.decoding
+    gpu: str | None = None
+    """UUID of the GPU; None: it runs on the CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +165,10 @@ class Worker:
     def result(self, doing: str, timeout_s: float | None = None) -> Any:
         """The answer. Raises TimeoutError after ``timeout_s``, StageError if the worker failed."""
         return self._receive(doing, timeout_s)
+
+    def answered(self, timeout_s: float) -> bool:
+        """Whether there is an answer, or the worker is gone; waits so long for either."""
+        return bool(wait([self._pipe, self._process.sentinel], timeout_s))
 
     def ask(self, command: Command, doing: str, timeout_s: float | None = None) -> Any:
         self.submit(command, doing)
@@ -254,4 +261,11 @@ def _loaded(backend: Backend, load_s: float) -> Loaded:
         dtype=backend.dtype,
         device=backend.device,
         decoding=backend.decoding,
+        gpu=None if backend.device == CPU else _uuid(),
     )
+
+
+def _uuid() -> str:
+    from optpipe.bench.cuda import uuid  # the parent of a benchmark imports no torch
+
+    return uuid()

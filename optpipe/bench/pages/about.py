@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from optpipe.bench.pages import curves, missing, served, tasks
+from optpipe.bench.pages import curves, missing, served, setups, tasks
 from optpipe.bench.pages.markup import (
     Safe,
     bullets,
@@ -117,6 +117,17 @@ def servers(report: Entry) -> Iterator[Safe]:
         yield section("Under load", *drawn, note(served.READ))
 
 
+def energy(report: Entry) -> Iterator[Safe]:
+    """What energy every artifact took, where it was counted."""
+    drawn = [
+        part
+        for title, rows in setups.energy(report)
+        for part in (note(f"{title}."), table(setups.ENERGY, rows, title, "stack pairs"))
+    ]
+    if drawn:
+        yield section("Energy", *drawn, note(setups.READ))
+
+
 def evaluation(report: Entry) -> Iterator[Safe]:
     """The user's tasks, where they were run."""
     if rows := [*tasks.rows(report)]:
@@ -170,6 +181,7 @@ def machine(report: Entry) -> Safe:
     return section(
         "Machine, versions, instrument",
         bullets(lines),
+        details("How each was run", table(setups.RAN, setups.ran(report), "setups", "wrap")),
         *([details("Before it began", table(CHECKS, _checks(run), "preflight", "wrap"))]
           if run.get("preflight") else []),
         *_resolution(design.get("resolution") or ()),

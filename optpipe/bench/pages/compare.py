@@ -64,8 +64,8 @@ def differences(before: Report, after: Report) -> list[str]:
     return found + [
         f"{key} of {new['name']}"
         for a, new in twins
-        for key in ("device", "dtype")
-        if a[key] != new[key]
+        for key in ("device", "dtype", "decoding")
+        if key in a and key in new and a[key] != new[key]  # older reports do not say how
     ]
 
 

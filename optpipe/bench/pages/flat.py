@@ -15,6 +15,8 @@ FROM_CELL = ("scenario", "batch", "prompt_tokens", "new_tokens", "blocks", "ttft
              "prefill_s", "tpot_s", "e2e_s", "tokens_per_s", "peak_bytes", "cpu_s", "device_s",
              "host_gap_s", "arrivals", "rate_per_s", "goodput_per_s", "good_share", "failed",
              "ttft_sched_s", "itl_max_s", "requests_per_s")  # fmt: skip
+FROM_ENERGY = ("j_per_token", "j_per_request", "j_per_token_above_idle",
+               "j_per_request_above_idle")  # fmt: skip
 SPEEDUPS = ("ttft_s", "tpot_s", "e2e_s", "tokens_per_s", "goodput_per_s", "peak_bytes", "bytes")
 Row = dict[str, Any]
 
@@ -28,6 +30,7 @@ def rows(report: Mapping[str, Any]) -> Iterator[Row]:
                 **{key: artifact[key] for key in FROM_ARTIFACT},
                 **{key: artifact["quality"].get(key) for key in FROM_QUALITY},
                 **{key: cell.get(key) for key in FROM_CELL},
+                **{key: (cell.get("energy") or {}).get(key) for key in FROM_ENERGY},
                 **_speedups(cell["speedup"]),
                 **measured,
                 **tasks.values(artifact),

@@ -32,6 +32,7 @@ def page(found: Mapping[str, Any], series: Sequence[Mapping[str, Any]]) -> str:
         sections.stages(found),
         sections.speedups(found),
         *about.servers(found),
+        *about.energy(found),
         sections.tradeoff(found),
         *about.evaluation(found),
         sections.batches(found),

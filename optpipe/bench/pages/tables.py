@@ -11,7 +11,7 @@ from rich.table import Table
 
 from optpipe.bench.bottlenecks import bottleneck
 from optpipe.bench.fidelity import gate
-from optpipe.bench.pages import missing, served, tasks
+from optpipe.bench.pages import missing, served, setups, tasks
 from optpipe.bench.pages.view import DASH, short
 
 Row = list[str]
@@ -74,11 +74,14 @@ def markdown(report: Mapping[str, Any]) -> str:
         parts += [f"## {title}", _markdown_table(SPEED, rows)]
     for title, rows in served.tables(report):
         parts += [f"## Server, {title}", _markdown_table(served.HEADER, rows), served.READ]
+    for title, spent in setups.energy(report):
+        parts += [f"## Energy, {title}", _markdown_table(setups.ENERGY, spent), setups.READ]
     parts += [f"## {title}\n\n{text}" for title, text in _conclusions(report) if text]
     if tasked := [*tasks.rows(report)]:
         parts += ["## Tasks", _markdown_table(tasks.HEADER, tasked), tasks.READ]
     for title, rows in bottleneck.rows(report):
         parts += [f"## Bottlenecks, {title}", _markdown_table(bottleneck.HEADER, rows)]
+    parts += ["## How each was run", _markdown_table(setups.RAN, setups.ran(report))]
     parts += ["## What was claimed, what is there", _markdown_table(SIZES, _size_rows(report))]
     parts += [f"## Quality\n\n{_quality_line(run['design']['quality'])}"]
     parts += [_markdown_table(gate.HEADER, gate.rows(report))]
@@ -195,7 +198,7 @@ def _quality_line(about: Mapping[str, Any]) -> str:
     )
 
 
-def _markdown_table(header: Sequence[str], rows: Sequence[Row]) -> str:
+def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from optpipe.bench.scenario import Cell, Scenario, Texts
 from optpipe.bench.serving.serve import Served
@@ -76,3 +77,5 @@ class Measured:
     """Cells that ended before they had enough blocks, and why."""
     prompts: dict[Cell, dict[int, str]] = field(default_factory=dict)
     """Number of the prompts -> hash of their token ids, of each cell."""
+    energy: dict[tuple[str, Cell], Mapping[str, Any] | str] = field(default_factory=dict)
+    """(arm, cell) -> what `energy.measure_energy` found, or why it found nothing."""
