@@ -6,13 +6,16 @@ On disk a layer NAME is stored as what it is, row-major, with R outputs, C input
     sparse     NAME.values (kept weights, row by row)   NAME.mask (1 bit a weight, padded rows)
     quantized  NAME.codes (``bits`` a weight, padded rows)  NAME.scales (R, G) fp16, or (1, 1)
                [NAME.zeros (``bits`` a group, padded rows) unless symmetric]  [NAME.mask]
-               [NAME.input_scale () fp16 if inputs are rounded with a scale known beforehand]
+               [NAME.global_scale () fp32 in nvfp4]
+               [NAME.input_scale () fp16, in nvfp4 fp32, if a scale of inputs is known beforehand]
     low rank   two layers, NAME.right (rank, C) and NAME.left (R, rank), each in a form of its own
     corrected  NAME in any of the first three forms and a low-rank layer NAME.residual: their sum
 
 each with an optional NAME.bias (R). Integer codes are unsigned: weight = (code - zero) * scale,
 where the zero of a symmetric layer is 2 ** (bits - 1). Codes of 8-bit floating point ('fp8') are
-the bytes of a float8_e4m3fn: weight = code * scale. Both are as in ONNX, TensorRT and vLLM.
+the bytes of a float8_e4m3fn: weight = code * scale. Both are as in ONNX, TensorRT and vLLM. Blocks
+of 'nvfp4' and 'mxfp8' (optpipe/microscaling.py) have scales of 8 bits, float8_e4m3fn and
+float8_e8m0fnu: weight = code * (scale * global_scale), and code * scale.
 """
 
 from __future__ import annotations
@@ -24,13 +27,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from optpipe import microscaling
+from optpipe.microscaling import FP8, FP8_TOP, to_fp8
+
 PER_CHANNEL, PER_TENSOR = -1, 0
-NUMBERS = ("int", "fp8")
-INPUTS = ("int8_tensor", "int8_token", "fp8_tensor", "fp8_token")
-"""How a layer may round its inputs: to which numbers, with one scale known beforehand or with one
-for each token, its largest magnitude over the largest number."""
-LARGEST = {"int8": 127.0, "fp8": 448.0}
-FP8 = torch.float8_e4m3fn
+BLOCKS = (*microscaling.BLOCK,)
+NUMBERS = ("int", "fp8", *BLOCKS)
+STATIC_INPUTS = ("int8_tensor", "fp8_tensor", "nvfp4_block")
+INPUTS = (*STATIC_INPUTS, "int8_token", "fp8_token", "mxfp8_block")
+"""How a layer may round its inputs: to which numbers, with one scale known beforehand ('tensor') or
+with one for each token, its largest magnitude over the largest number. Blocks get theirs as they
+come; those of nvfp4 are relative to a global one known beforehand."""
+LARGEST = {"int8": 127.0, "fp8": FP8_TOP}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +49,8 @@ class Form:
     cols: int
     bits: int | None = None
     number: str = "int"
-    """What a code is: 'int', or 'fp8', a floating-point number of 8 bits (e4m3)."""
+    """What a code is: 'int'; 'fp8', a floating-point number of 8 bits (e4m3); or 'nvfp4', 'mxfp8',
+    whose ``bits`` and ``group_size`` are those of optpipe/microscaling.py."""
     group_size: int = PER_CHANNEL
     """Inputs that share a scale; -1: the whole row; 0: one scale for the layer."""
     inputs: str | None = None
@@ -65,7 +74,13 @@ class Form:
     @property
     def static_inputs(self) -> bool:
         """Whether inputs are rounded with a scale that is stored."""
-        return self.inputs is not None and self.inputs.endswith("_tensor")
+        return self.inputs in STATIC_INPUTS
+
+    @property
+    def other_bits(self) -> int:
+        """What a layer stores once: global scale, and scale of inputs."""
+        wide = 32 if self.number == "nvfp4" else 0
+        return wide + self.static_inputs * (32 if self.inputs == "nvfp4_block" else 16)
 
     def stored_bits(self, float_bits: int = 16, density: float = 1.0) -> float:
         """Bits this layer takes on disk, without bias; ``density``: the share of kept weights."""
@@ -73,8 +88,8 @@ class Form:
         mask = weights if self.pattern else 0
         if self.bits is None:
             return weights * float_bits * (density if self.pattern else 1) + mask
-        per_group = 16 + (0 if self.symmetric else self.bits)
-        return weights * self.bits + self.scales * per_group + 16 * self.static_inputs + mask
+        per_group = (8 if self.number in BLOCKS else 16) + (0 if self.symmetric else self.bits)
+        return weights * self.bits + self.scales * per_group + self.other_bits + mask
 
 
 Layers = dict[str, Form]
@@ -110,18 +125,15 @@ def unpack(packed: Tensor, bits: int, cols: int) -> Tensor:
     return (single << torch.arange(bits, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
 
 
-def to_fp8(x: Tensor) -> Tensor:
-    """The nearest float8_e4m3fn, ties to even; beyond 448 it is 448, where torch's cast has NaN."""
-    return x.clamp(-LARGEST["fp8"], LARGEST["fp8"]).to(FP8)
-
-
 def round_inputs(x: Tensor, inputs: str, scale: Tensor | None) -> Tensor:
     """What a layer multiplies with instead of x (..., C): scale * nearest number to x / scale.
 
     As QuantizeLinear and DequantizeLinear of ONNX: ties to even, -128 and 448 are the ends.
-    ``scale`` is a scalar, or None where every token has its own.
+    ``scale`` is a scalar, or None where every token or block has its own.
     """
     number, _, per = inputs.partition("_")
+    if per == "block":
+        return microscaling.round_blocks(x, number, scale)
     wide = x.float()
     if per == "token":
         scale = wide.abs().amax(-1, keepdim=True) / LARGEST[number]
@@ -130,6 +142,14 @@ def round_inputs(x: Tensor, inputs: str, scale: Tensor | None) -> Tensor:
     scaled = wide / scale
     rounded = scaled.round().clamp(-128, 127) if number == "int8" else to_fp8(scaled).float()
     return (rounded * scale).to(x.dtype)
+
+
+SCALARS = ("global_scale", "input_scale")
+
+
+def scale_dtype(number: str) -> torch.dtype:
+    """What the scales of a layer are stored as."""
+    return microscaling.SCALE.get(number, torch.float16)
 
 
 class Quantized(nn.Module):
@@ -141,6 +161,7 @@ class Quantized(nn.Module):
     codes: Tensor
     scales: Tensor
     zeros: Tensor | None
+    global_scale: Tensor | None
     input_scale: Tensor | None
     bias: Tensor | None
     mask: Tensor | None
@@ -149,15 +170,15 @@ class Quantized(nn.Module):
         super().__init__()
         self.form = form
         self.register_buffer("codes", codes_RC.to(torch.uint8))
-        self.register_buffer("scales", scales_RG.half())
-        for name in ("zeros", "bias", "mask", "input_scale"):
+        self.register_buffer("scales", scales_RG.to(scale_dtype(form.number)))
+        for name in ("zeros", "bias", "mask", "global_scale", "input_scale"):
             self.register_buffer(name, None)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight, (R, C)."""
         form = self.form
         grouped = self._numbers().reshape(form.rows, form.groups, -1)
-        weight = grouped * self.scales.unsqueeze(-1).to(torch.float32)
+        weight = grouped * microscaling.steps(self.scales, self.global_scale).unsqueeze(-1)
         return weight.reshape(form.rows, form.cols).to(dtype)
 
     def _numbers(self) -> Tensor:
@@ -166,6 +187,8 @@ class Quantized(nn.Module):
         assert form.bits is not None
         if form.number == "fp8":
             return self.codes.view(FP8).to(torch.float32)
+        if form.number in BLOCKS:
+            return microscaling.numbers(self.codes, form.number)
         codes = self.codes.reshape(form.rows, form.groups, -1).to(torch.float32)
         if self.zeros is None:
             return codes - float(2 ** (form.bits - 1))
@@ -240,8 +263,9 @@ def encode(name: str, module: nn.Module, form: Form, dtype: torch.dtype) -> dict
         stored["scales"] = module.scales
         if module.zeros is not None:
             stored["zeros"] = pack(module.zeros, form.bits)
-        if module.input_scale is not None:
-            stored["input_scale"] = module.input_scale
+        for part in SCALARS:
+            if (scale := getattr(module, part)) is not None:
+                stored[part] = scale
     elif mask is not None:
         stored["values"] = weight_of(module)[mask].to(dtype)
     else:
@@ -264,7 +288,8 @@ def decode(name: str, form: Form, get: Callable[[str], Tensor | None]) -> nn.Mod
         module = Quantized(form, unpack(codes, form.bits, form.cols), scales)
         module.zeros = None if zeros is None else unpack(zeros, form.bits, form.groups)
         module.bias, module.mask = bias, mask
-        module.input_scale = get(f"{name}.input_scale")
+        for part in SCALARS:
+            setattr(module, part, get(f"{name}.{part}"))
         return module
     weight = get(f"{name}.weight")
     if weight is None:

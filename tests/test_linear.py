@@ -15,9 +15,9 @@ from optpipe.linear import (
     encode,
     pack,
     round_inputs,
-    to_fp8,
     unpack,
 )
+from optpipe.microscaling import to_fp8
 
 
 @given(
@@ -69,6 +69,8 @@ def test_an_fp8_layer_comes_back_and_multiplies_as_torch_s_own_type_does(group_s
     layer = Quantized(form, weight.view(torch.uint8), scales)
     layer.bias = torch.randn(6).half()
     layer.input_scale = torch.tensor(0.03).half() if form.static_inputs else None
+    if inputs == "nvfp4_block":
+        layer.input_scale = torch.tensor(0.001)
     x = torch.randn(2, 3, 64)
     wide = weight.float() * scales.float().repeat_interleave(64 // form.groups, 1)
     rounded = x if inputs is None else round_inputs(x, inputs, layer.input_scale)
@@ -95,7 +97,9 @@ def test_every_half_becomes_the_nearest_fp8(bits):
 
 
 @given(
-    inputs=st.sampled_from(INPUTS), seed=st.integers(0, 20), size=st.sampled_from([1e-3, 1.0, 50.0])
+    inputs=st.sampled_from([i for i in INPUTS if not i.endswith("block")]),
+    seed=st.integers(0, 20),
+    size=st.sampled_from([1e-3, 1.0, 50.0]),
 )
 def test_inputs_are_rounded_to_the_nearest_multiple_of_their_scale(inputs, seed, size):
     x = size * torch.randn(4, 64, generator=torch.Generator().manual_seed(seed))

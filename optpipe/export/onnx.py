@@ -37,7 +37,7 @@ from optpipe.export.attention import Attention
 from optpipe.export.graph import Graph
 from optpipe.export.weights import Weights
 from optpipe.family import Block, Decoder
-from optpipe.linear import Layers
+from optpipe.linear import BLOCKS, Layers
 from optpipe.stage import Progress, Stage
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -66,6 +66,12 @@ class Onnx(Stage):
             raise ValueError(
                 f"capacity must be at least {MIN_CAPACITY} tokens, got {self.capacity}"
             )
+
+    def plan(self, layers: Layers) -> Layers:
+        for name, form in layers.items():
+            if form.number in BLOCKS:
+                raise ValueError(f"layer '{name}' is in {form.number}, which is not exported yet")
+        return layers
 
     def inputs(self, model: Checkpoint) -> None:
         _check_rope(model, _capacity(model, self.capacity))

@@ -19,7 +19,8 @@ from optpipe.errors import InputError
 from optpipe.export import trtllm
 from optpipe.export.vllm import scaled
 from optpipe.family import Decoder, describe
-from optpipe.linear import PER_TENSOR, Layers, Quantized, dense, to_fp8
+from optpipe.linear import PER_TENSOR, Layers, Quantized, dense
+from optpipe.microscaling import to_fp8
 
 PADDED = 64
 """With int4 weights the vocabulary is padded to a multiple of this, as by Model-Optimizer."""

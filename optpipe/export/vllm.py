@@ -30,7 +30,8 @@ from optpipe.artifact import Artifact, Stats
 from optpipe.checkpoint import Checkpoint
 from optpipe.errors import InputError
 from optpipe.export.folder import Folder, check_dtype, check_layers, fp8_cache
-from optpipe.linear import FP8, PER_CHANNEL, PER_TENSOR, Form, Layers, Quantized, pack, unpack
+from optpipe.linear import BLOCKS, PER_CHANNEL, PER_TENSOR, Form, Layers, Quantized, pack, unpack
+from optpipe.microscaling import FP8
 from optpipe.stage import Progress, Stage
 
 VERSION = "0.17.0"
@@ -75,6 +76,8 @@ class Vllm(Stage):
 
 def scheme(form: Form) -> dict[str, Any]:
     """The entry of config_groups for layers of this form, ``targets`` aside. Raises ValueError."""
+    if form.number in BLOCKS:
+        raise ValueError(f"the checkpoint for vLLM has no layout of {form.number} here")
     if form.bits not in (4, 8):
         raise ValueError(f"vLLM has fast kernels for 4 and 8 bits, not for {form.bits}")
     if not form.symmetric:

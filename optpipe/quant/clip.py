@@ -18,6 +18,8 @@ MINMAX, MSE, HESSIAN = "minmax", "mse", "hessian"
 CLIPS = (MINMAX, MSE, HESSIAN)
 RATIOS = tuple(1 - step / 50 for step in range(31))
 """Shares of the range, from all of it to 0.4: below that, two bits are better spent otherwise."""
+FOUR_OVER_SIX = 1.5
+"""Of e2m1, too: the numbers below 4 lie closer to each other than those up to 6."""
 
 Loss = Callable[[Tensor], Tensor]
 """Errors of the weights, (R, G, W), to what they cost in each group, (R, G)."""
@@ -27,6 +29,12 @@ def check_clip(clip: str) -> None:
     """Raises ValueError for a name that is none of ``CLIPS``."""
     if clip not in CLIPS:
         raise ValueError(f"clip must be one of {CLIPS}, got '{clip}'")
+
+
+def check_static_clip(clip: str) -> None:
+    """Raises ValueError for a name that is none of those that look at weights alone."""
+    if clip not in (MINMAX, MSE):
+        raise ValueError(f"clip must be one of {(MINMAX, MSE)}, got '{clip}'")
 
 
 def fit_clip(weight_RC: Tensor, form: Form, clip: str, power_C: Tensor | None = None) -> Grid:
@@ -60,8 +68,8 @@ def search(weight_RC: Tensor, form: Form, loss: Loss) -> Grid:
     """The grid of least ``loss`` in every group; on a tie the wider one."""
     weight_RC = weight_RC.float()
     best, lowest_RG = None, torch.empty(0)
-    for ratio in RATIOS:
-        grid = fit(weight_RC * ratio, form)
+    for ratio in (*RATIOS, FOUR_OVER_SIX) if form.number == "nvfp4" else RATIOS:
+        grid = fit(weight_RC * ratio, form, None if best is None else best.global_scale)
         error_RC = grid.decode(grid.encode(weight_RC)) - weight_RC
         loss_RG = loss(error_RC.reshape(form.rows, form.groups, -1))
         if best is None:
@@ -70,6 +78,7 @@ def search(weight_RC: Tensor, form: Form, loss: Loss) -> Grid:
         better = loss_RG < lowest_RG
         lowest_RG = torch.where(better, loss_RG, lowest_RG)
         scales = torch.where(better, grid.scales_RG, best.scales_RG)
-        best = Grid(form, scales, torch.where(better, grid.zeros_RG, best.zeros_RG))
+        zeros = torch.where(better, grid.zeros_RG, best.zeros_RG)
+        best = Grid(form, scales, zeros, best.global_scale)
     assert best is not None
     return best

@@ -1,4 +1,4 @@
-"""The grids of weights, integer or fp8, and what quantization methods share.
+"""The grids of weights, integer or floating point, and what quantization methods share.
 
 Shapes: R outputs, C inputs, G groups of inputs that share a scale. weight = (code - zero) * scale.
 """
@@ -6,21 +6,23 @@ Shapes: R outputs, C inputs, G groups of inputs that share a scale. weight = (co
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from optpipe import model, order
+from optpipe import microscaling, model, order
 from optpipe.artifact import Artifact, Stats
 from optpipe.blockwise import rewrite, select
 from optpipe.bounds import divisor
 from optpipe.calibrate import Observation
 from optpipe.checkpoint import Checkpoint
 from optpipe.linear import (
-    FP8,
+    BLOCKS,
     LARGEST,
     NUMBERS,
     PER_CHANNEL,
@@ -29,12 +31,20 @@ from optpipe.linear import (
     Layers,
     Quantized,
     mask_of,
-    to_fp8,
 )
+from optpipe.microscaling import FP8, to_fp8
 from optpipe.stage import Progress, Stage
 
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (PER_CHANNEL, 16, 32, 64, 128, 256)
+FIXED: dict[str, dict[str, int | bool]] = {
+    "fp8": {"bits": 8, "symmetric": True},
+    **{
+        number: {"bits": microscaling.BITS[number], "symmetric": True, "group_size": block}
+        for number, block in microscaling.BLOCK.items()
+    },
+}
+"""What a number leaves no choice of."""
 HALF = torch.finfo(torch.float16)
 
 
@@ -44,10 +54,17 @@ class Grid:
 
     form: Form
     scales_RG: Tensor
-    """float16: rounded before any code is chosen, so that what is stored is what was meant. (1, 1)
-    for one scale a layer."""
+    """As stored: rounded before any code is chosen, so that what is stored is what was meant.
+    (1, 1) for one scale a layer."""
     zeros_RG: Tensor
-    """uint8; 2 ** (bits - 1) throughout if symmetric, 0 for fp8. Shaped as the scales."""
+    """uint8; 2 ** (bits - 1) throughout if symmetric, 0 for floats. Shaped as the scales."""
+    global_scale: Tensor | None = None
+    """float32, (); only in nvfp4."""
+
+    @cached_property
+    def steps_RG(self) -> Tensor:
+        """What numbers are multiplied with, float32."""
+        return microscaling.steps(self.scales_RG, self.global_scale)
 
     def encode(self, weight_RC: Tensor) -> Tensor:
         """The nearest codes, uint8 (R, C)."""
@@ -66,7 +83,7 @@ class Grid:
     def column(self, weight_R: Tensor, column: int) -> tuple[Tensor, Tensor]:
         """Nearest codes of one column, uint8 (R), and the weights they stand for, (R)."""
         group = self._group(column)
-        scale = self.scales_RG[:, group].to(weight_R.dtype)
+        scale = self.steps_RG[:, group].to(weight_R.dtype)
         zero = self.zeros_RG[:, group].to(weight_R.dtype)
         codes = self._codes(weight_R / scale, zero)
         return codes, (self._numbers(codes).to(weight_R.dtype) - zero) * scale
@@ -75,7 +92,7 @@ class Grid:
         """The quantized layer, with the bias and the mask of the one it replaces."""
         quantized = Quantized(self.form, codes_RC, self.scales_RG)
         quantized.zeros = None if self.form.symmetric else self.zeros_RG
-        quantized.mask = mask_of(layer)
+        quantized.mask, quantized.global_scale = mask_of(layer), self.global_scale
         bias = layer.bias
         quantized.bias = bias if isinstance(bias, Tensor) else None
         return quantized
@@ -89,9 +106,13 @@ class Grid:
         """The codes, uint8, nearest to so many scales."""
         if self.form.number == "fp8":
             return to_fp8(steps).view(torch.uint8)
+        if self.form.number in BLOCKS:
+            return microscaling.encode(steps, self.form.number)
         return (steps.round() + zeros).clamp(0, self.top).to(torch.uint8)
 
     def _numbers(self, codes: Tensor) -> Tensor:
+        if self.form.number in BLOCKS:
+            return microscaling.numbers(codes, self.form.number)
         return (codes.view(FP8) if self.form.number == "fp8" else codes).float()
 
     def _group(self, column: int) -> int:
@@ -100,14 +121,19 @@ class Grid:
     def _spread(self) -> tuple[Tensor, Tensor]:
         """Scale and zero of every weight, (R, C)."""
         width = self.form.cols // self.form.groups
-        wide = (t.float().repeat_interleave(width, dim=1) for t in (self.scales_RG, self.zeros_RG))
+        wide = (t.float().repeat_interleave(width, dim=1) for t in (self.steps_RG, self.zeros_RG))
         scales, zeros = wide
         return scales, zeros
 
 
-def fit(weight_RC: Tensor, form: Form) -> Grid:
-    """The grid that spans each group from its smallest to its largest weight, and zero."""
+def fit(weight_RC: Tensor, form: Form, global_scale: Tensor | None = None) -> Grid:
+    """The grid that spans each group from its smallest to its largest weight, and zero.
+
+    ``global_scale`` is that of nvfp4, by default the one of this weight.
+    """
     assert form.bits is not None
+    if form.number in BLOCKS:
+        return _fit_blocks(weight_RC, form, global_scale)
     shape = (1, 1) if form.group_size == PER_TENSOR else (form.rows, form.groups)
     groups = weight_RC.float().reshape(*shape, -1)
     top = 2**form.bits - 1
@@ -121,6 +147,30 @@ def fit(weight_RC: Tensor, form: Form) -> Grid:
     scales = _half((high - low) / top)
     zeros = (-low / scales.float()).round().clamp(0, top)
     return Grid(form, scales, zeros.to(torch.uint8))
+
+
+def _fit_blocks(weight_RC: Tensor, form: Form, whole: Tensor | None) -> Grid:
+    largest_RG = weight_RC.float().reshape(form.rows, form.groups, -1).abs().amax(-1)
+    if form.number == "nvfp4" and whole is None:
+        whole = microscaling.global_scale(largest_RG.amax())
+    scales_RG = microscaling.block_scales(largest_RG, form.number, whole)
+    zeros_RG = torch.zeros(scales_RG.shape, dtype=torch.uint8, device=scales_RG.device)
+    return Grid(form, scales_RG, zeros_RG, whole)
+
+
+def check_groups(name: str, form: Form, size: int, fixed: bool = False) -> None:
+    """Raise ValueError unless groups of ``size`` divide the inputs of a layer."""
+    inputs = divisor(name, form)
+    if size != PER_CHANNEL and inputs % size:
+        allowed = [g for g in GROUP_SIZES if inputs % g == 0]
+        raise ValueError(
+            f"group_size={size} does not divide the {inputs} inputs of layer '{name}'; "
+            + ("leave it out of targets" if fixed else f"allowed are {allowed}")
+        )
+
+
+def _said(fields: dict[str, int | bool], names: Iterable[str]) -> list[str]:
+    return [f"{name}={str(fields[name]).lower()}" for name in names]
 
 
 def _half(scales: Tensor) -> Tensor:
@@ -198,7 +248,8 @@ class WeightOnly(Quantize):
     """Codes for the weights, in groups; inputs stay as they are."""
 
     number: str = "int"
-    """'int', or 'fp8': floating point of 8 bits (e4m3), symmetric."""
+    """'int'; 'fp8', floating point of 8 bits (e4m3); or 'nvfp4', 'mxfp8': floating point of 4 and
+    8 bits in blocks of 16 and 32 with scales of 8 bits. All but 'int' are symmetric."""
     bits: int = 4
     """2, 3, 4 or 8."""
     group_size: int = 128
@@ -213,19 +264,14 @@ class WeightOnly(Quantize):
             raise ValueError(f"group_size must be one of {GROUP_SIZES}, got {self.group_size}")
         if self.number not in NUMBERS:
             raise ValueError(f"number must be one of {NUMBERS}, got '{self.number}'")
-        if self.number == "fp8" and not (self.bits == 8 and self.symmetric):
-            raise ValueError(
-                "number=fp8 takes bits=8 and symmetric=true, "
-                f"got bits={self.bits} and symmetric={str(self.symmetric).lower()}"
-            )
+        fields = {"bits": self.bits, "symmetric": self.symmetric, "group_size": self.group_size}
+        fixed = FIXED.get(self.number, {})
+        if any(fields[name] != value for name, value in fixed.items()):
+            takes, got = (" and ".join(_said(fields, fixed)) for fields in (fixed, fields))
+            raise ValueError(f"number={self.number} takes {takes}, got {got}")
 
     def form(self, name: str, form: Form) -> Form:
-        inputs = divisor(name, form)
-        if self.group_size != PER_CHANNEL and inputs % self.group_size:
-            raise ValueError(
-                f"group_size={self.group_size} does not divide the {inputs} inputs of layer "
-                f"'{name}'; allowed are {[g for g in GROUP_SIZES if inputs % g == 0]}"
-            )
+        check_groups(name, form, self.group_size)
         return replace(
             form,
             bits=self.bits,

@@ -12,10 +12,8 @@ from torch import Tensor, nn
 
 from optpipe.calibrate import Calib, Observation
 from optpipe.checkpoint import Checkpoint
-from optpipe.linear import LARGEST, Form, Quantized
-from optpipe.quant.grid import HALF, Quantize, fit
-
-ACTIVATIONS = ("tensor", "token")
+from optpipe.linear import LARGEST, STATIC_INPUTS, Form, Quantized
+from optpipe.quant.grid import HALF, Grid, Quantize, fit
 
 
 class Magnitudes:
@@ -63,7 +61,9 @@ class WeightsAndInputs(Quantize):
     """Weights to the nearest number; inputs likewise, whenever the layer runs."""
 
     kind: ClassVar[str]
-    """What inputs are rounded to: 'int8' or 'fp8'."""
+    """What inputs are rounded to: 'int8', 'fp8' or 'nvfp4'."""
+    ways: ClassVar[tuple[str, ...]] = ("tensor", "token")
+    """What ``activations`` may be."""
 
     activations: str = "tensor"
     """'tensor': one scale for each layer, from calibration; 'token': one for each token, found
@@ -71,18 +71,28 @@ class WeightsAndInputs(Quantize):
     percentile: float = 100.0
     """Percent of the magnitudes seen that the scale of a layer spans; what is beyond saturates."""
     calib: Calib = field(default_factory=Calib)
-    """Only activations='tensor' looks at data."""
+    """Only scales known beforehand look at data."""
 
     def __post_init__(self) -> None:
-        if self.activations not in ACTIVATIONS:
-            raise ValueError(f"activations must be one of {ACTIVATIONS}, got '{self.activations}'")
+        if self.activations not in self.ways:
+            raise ValueError(f"activations must be one of {self.ways}, got '{self.activations}'")
         if not 0 < self.percentile <= 100:
             raise ValueError(f"percentile must be above 0, at most 100, got {self.percentile}")
-        if self.activations == "token" and self.percentile != type(self).percentile:
+        if not self.calibrated and self.percentile != type(self).percentile:
             raise ValueError(
-                f"percentile={self.percentile:g} has no effect with activations=token, whose scales"
-                " are found when a token is there; leave it out"
+                f"percentile={self.percentile:g} has no effect with activations={self.activations},"
+                " which needs no scale beforehand; leave it out"
             )
+
+    @property
+    def rounded(self) -> str | None:
+        """How inputs are rounded, one of linear.INPUTS."""
+        return None if self.activations == "none" else f"{self.kind}_{self.activations}"
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether inputs are rounded with a scale from calibration data."""
+        return self.rounded in STATIC_INPUTS
 
     @property
     @abstractmethod
@@ -90,22 +100,30 @@ class WeightsAndInputs(Quantize):
         """How weights are stored: fields of a form."""
 
     def form(self, name: str, form: Form) -> Form:
-        return replace(form, inputs=f"{self.kind}_{self.activations}", **self.weight)  # type: ignore[arg-type]
+        return replace(form, inputs=self.rounded, **self.weight)  # type: ignore[arg-type]
+
+    def grid(self, weight_RC: Tensor, form: Form) -> Grid:
+        """That of the weights."""
+        return fit(weight_RC, form)
 
     def quantize(
         self, layer: nn.Module, weight_RC: Tensor, form: Form, statistic: Magnitudes | None
     ) -> Quantized:
-        grid = fit(weight_RC, form)
+        grid = self.grid(weight_RC, form)
         quantized = grid.module(grid.encode(weight_RC), layer)
         if statistic is not None:
             largest = statistic.percentile(self.percentile)
-            quantized.input_scale = input_scale(largest, LARGEST[self.kind])
+            quantized.input_scale = self.scale(largest)
         return quantized
 
+    def scale(self, largest: float) -> Tensor:
+        """That of inputs up to ``largest``."""
+        return input_scale(largest, LARGEST[self.kind])
+
     def inputs(self, model: Checkpoint) -> str | None:
-        return self.calib.inputs(model) if self.activations == "tensor" else None
+        return self.calib.inputs(model) if self.calibrated else None
 
     def observation(self, checkpoint: Checkpoint, wanted: frozenset[str]) -> Observation | None:
-        if self.activations == "token":
+        if not self.calibrated:
             return None
         return self.calib.observe(checkpoint, wanted, Magnitudes)

@@ -32,7 +32,6 @@ from optpipe.family import HEAD
 from optpipe.fold import Fold, divide, folds, shared
 from optpipe.kvcache import check_unrounded
 from optpipe.linear import (
-    FP8,
     LARGEST,
     PER_CHANNEL,
     PER_TENSOR,
@@ -42,6 +41,7 @@ from optpipe.linear import (
     dense,
     mask_of,
 )
+from optpipe.microscaling import FP8
 from optpipe.quant.grid import GROUP_SIZES
 from optpipe.quant.inputs import input_scale
 from optpipe.stage import Progress, Stage

@@ -2,7 +2,8 @@
 
 import torch
 
-from optpipe.linear import LARGEST, PER_TENSOR, Quantized, to_fp8
+from optpipe.linear import LARGEST, PER_TENSOR, Quantized
+from optpipe.microscaling import to_fp8
 
 INPUT_SCALE = 0.0125732421875
 """Exact in float16."""

@@ -17,7 +17,8 @@ from optpipe.export.ranks import join, shares
 from optpipe.export.readback import read_back
 from optpipe.export.trtllm_legacy import TrtllmLegacy
 from optpipe.kvcache import CacheForm
-from optpipe.linear import PER_CHANNEL, PER_TENSOR, Form, Quantized, to_fp8
+from optpipe.linear import PER_CHANNEL, PER_TENSOR, Form, Quantized
+from optpipe.microscaling import to_fp8
 from optpipe.prune.magnitude import Magnitude
 from optpipe.quant.rtn import Rtn
 

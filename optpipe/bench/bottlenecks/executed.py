@@ -16,7 +16,7 @@ from optpipe.bench.scenario import Cell
 from optpipe.checkpoint import Checkpoint
 from optpipe.export.graph import read, unfused
 from optpipe.family import Decoder
-from optpipe.linear import Form
+from optpipe.linear import BLOCKS, Form
 from optpipe.model import layers
 
 PICKS_LOGITS = "GatherND"
@@ -98,9 +98,9 @@ def _layer(form: Form, dtype: str, head: bool) -> Product:
     item, count = ITEM_BYTES[dtype], form.rows * form.cols
     if form.bits is None:
         return Product(rows=form.rows, cols=form.cols, bytes=count * item, dtype=dtype, head=head)
-    per_group = 2 + (0 if form.symmetric else 1)
+    per_group = (1 if form.number in BLOCKS else 2) + (0 if form.symmetric else 1)
     cast = 0 if dtype == "float32" else 4 + item
-    zero = 0 if form.number == "fp8" else 8  # which fp8 has not
+    zero = 8 if form.number == "int" else 0  # which floats have not
     return Product(
         rows=form.rows,
         cols=form.cols,
