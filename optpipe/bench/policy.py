@@ -39,6 +39,8 @@ class BenchConfig:
     """Threads of every arm; null: the cores this process may use."""
     dtypes: list[str] = field(default_factory=lambda: ["float32", "bfloat16"])
     """What the baseline computes in, once for each; the first is that of all torch arms."""
+    turn_s: float | None = None
+    """Least time of an arm's turn in a block; null: 0.05 s, with an arm on a GPU 0.5 s."""
     energy_s: float = 0.0
     """How long every arm works in every cell while its energy is counted, at least 10; 0: not."""
     seed: int = 0
@@ -48,7 +50,8 @@ class BenchConfig:
     def __post_init__(self) -> None:
         least = {"blocks": 1, "max_blocks": self.blocks, "warmup": 2, "warmup_s": 0, "budget_s": 0,
                  "iteration_limit_s": 0, "seed": 0,
-                 "energy_s": LEAST_S if self.energy_s else 0}  # fmt: skip
+                 "energy_s": LEAST_S if self.energy_s else 0,
+                 **({} if self.turn_s is None else {"turn_s": 0.001})}  # fmt: skip
         for name, low in least.items():
             if not low <= getattr(self, name) < math.inf:  # NaN is neither
                 raise InputError(f"bench.{name}={getattr(self, name)}: at least {low} is needed")

@@ -71,6 +71,8 @@ def test_a_dense_model_in_torch_moves_its_weights_once_and_its_cache_three_times
     assert found.traffic["weights"].bytes == weights + 4 * HIDDEN * 4
     assert found.traffic["kv"].bytes == 4 * KAPPA * (10 + 1 + 2 * 9)
     assert found.traffic["scratch"].bytes == 0
+    on_gpu = torch_model(plain(tiny()), "float32", on_gpu=True).step(4, 1, 9)
+    assert on_gpu.traffic["kv"].bytes == 4 * KAPPA * (10 + 1), "rings: written once, read once"
     prompt = torch_model(plain(tiny()), "bfloat16").step(4, 20, 0)
     assert prompt.traffic["kv"].bytes == 4 * 20 * KAPPA / 2
     widths = LAYERS * sum(rows + cols for rows, cols in BLOCK)

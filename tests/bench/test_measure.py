@@ -1,5 +1,5 @@
 from collections import Counter
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from optpipe.errors import InputError
 
 CONF = sorted((Path(__file__).parents[2] / "conf" / "bench").glob("*.yaml"))
 
-CELL = Cell("single", 2, 8, 3)
+CELL, ONE = Cell("single", 2, 8, 3), Cell("single", 1, 8, 1)
 QUICK = {
     "blocks": 6, "max_blocks": 6, "warmup": 2, "warmup_s": 0, "seed": 5, "iteration_limit_s": 5,
 }  # fmt: skip
@@ -35,7 +35,7 @@ def timings(workers, cells=(CELL,), budget_s=60.0, **given):
     session = Session(
         number=0,
         workers=workers,
-        loaded={name: worker.loaded for name, worker in workers.items()},
+        loaded={n: replace(w.loaded, gpu=getattr(w, "gpu", None)) for n, w in workers.items()},
         budget_s=budget_s,
         meter=lambda: None,
     )
@@ -109,6 +109,20 @@ def test_a_turn_repeats_short_iterations_on_further_prompts(local, monkeypatch):
     assert {s.prompt for s in found.samples if s.block in (0, 1)} == {
         WARM + i for i in range(counts["a", 0])
     }
+
+
+def test_a_gpu_makes_turns_longer_and_a_slow_arm_keeps_them_short(local, monkeypatch):
+    """A GPU needs some 100 ms until its clock keeps within its power limit."""
+    monkeypatch.setattr(module, "GPU_TURN_S", 0.02)
+    for gpu, wanted in ((None, {1}), ("GPU-7", {3, 4})):
+        workers = {name: local(name, prefill_s=0.005) for name in "ab"}
+        workers["a"].gpu = gpu
+        found, _ = timings(workers, (ONE,), blocks=1, max_blocks=1)
+        counts = Counter(s.arm for s in found.samples if s.reason is None)
+        assert set(counts.values()) <= wanted, (gpu, counts)
+    assert module.repeats([0.1, 0.2], 0.5) == 5, "as the quickest needs"
+    assert module.repeats([0.1, 5.0], 0.5) == 2, "no arm longer than twenty turns"
+    assert module.repeats([9.0], 0.05) == 1 and module.repeats([0.01, 0.02], 0.5) == 50
 
 
 def test_an_arm_is_warmed_again_before_its_turn_where_there_are_others(local):

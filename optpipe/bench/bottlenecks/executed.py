@@ -25,14 +25,17 @@ INT8_ACTIVATIONS = 4
 """The accuracy_level at which MatMulNBits multiplies 8-bit integers."""
 
 
-def costs(artifact: Artifact, dtype: str, cells: Sequence[Cell]) -> dict[Cell, PhaseCosts]:
+def costs(
+    artifact: Artifact, dtype: str, cells: Sequence[Cell], on_gpu: bool = False
+) -> dict[Cell, PhaseCosts]:
     """The costs of one artifact in each cell; ``dtype`` is what a torch artifact computes in."""
-    model = torch_model(artifact, dtype) if artifact.format == "hf" else graph_model(artifact)
+    is_torch = artifact.format == "hf"
+    model = torch_model(artifact, dtype, on_gpu) if is_torch else graph_model(artifact)
     return {cell: cell_costs(model, cell) for cell in cells}
 
 
-def torch_model(artifact: Artifact, dtype: str) -> Model:
-    """A checkpoint in transformers with its DynamicCache."""
+def torch_model(artifact: Artifact, dtype: str, on_gpu: bool = False) -> Model:
+    """A checkpoint in transformers with its DynamicCache; on a GPU, with the rings of a graph."""
     checkpoint = Checkpoint(artifact.path)
     decoder, item = checkpoint.decoder, ITEM_BYTES[dtype]
     forms = dict(layers(checkpoint))
@@ -42,7 +45,8 @@ def torch_model(artifact: Artifact, dtype: str) -> Model:
     vectors = sum(s[0] for n, s in shapes if len(s) == 1 and n.endswith((".weight", ".bias")))
     products = [_layer(form, dtype, name.startswith(decoder.head)) for name, form in forms.items()]
     dtypes, context = (dtype, dtype), decoder.context
-    return _model(decoder, products, float(vectors * item), dtypes, context, "concatenated")
+    cache = "in place" if on_gpu else "concatenated"
+    return _model(decoder, products, float(vectors * item), dtypes, context, cache)
 
 
 def graph_model(artifact: Artifact) -> Model:

@@ -72,7 +72,9 @@ def _survey(
     costs = {
         (arm.name, cell): cost
         for arm in arms
-        for cell, cost in executed.costs(arm.artifact, arm.dtype, cells).items()
+        for cell, cost in executed.costs(
+            arm.artifact, arm.dtype, cells, devices[arm.name] != CPU
+        ).items()
     }
     host_s: dict[tuple[str, Cell], dict[str, float]] = {}
     busy_s: dict[tuple[str, Cell], dict[str, float]] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from optpipe.bench.evidence.dependence import paired
@@ -16,9 +16,12 @@ from optpipe.bench.timed.blocks import Blocks
 from optpipe.bench.timed.samples import Sample
 from optpipe.bench.timed.series import Turns, collect, pairs, relative
 
-TURN_S = 0.05
-"""An arm whose iteration is shorter repeats it within its turn."""
+TURN_S, GPU_TURN_S = 0.05, 0.5
+"""An arm whose iteration is shorter repeats it within its turn. A GPU that starts to work lowers
+its clock for some 100 ms until it keeps within its power limit; longer turns average that."""
 MOST_ITERATIONS = 50
+LONGEST = 20
+"""No arm repeats for longer than so many such turns, however quick the others are."""
 WARM = 1000
 """Prompts below this number are those of the warm-up."""
 RERUNS = 1.5
@@ -64,8 +67,13 @@ class Timer:
             yield 0.0
         usual = [median(values[-3:]) for name in blocks.arms() if (values := taken[name])]
         if usual and min(usual) > 0:
-            wanted = math.ceil(TURN_S / min(usual))
-            blocks.iterations = min(max(wanted, 1), MOST_ITERATIONS)
+            blocks.iterations = repeats(usual, self._turn_s())
+
+    def _turn_s(self) -> float:
+        if (wanted := self.blocks.config.turn_s) is not None:
+            return wanted
+        is_on_gpu = any(told.gpu is not None for told in self.blocks.session.loaded.values())
+        return GPU_TURN_S if is_on_gpu else TURN_S
 
     def _drop_what_does_not_fit(self) -> None:
         cell, found = self.blocks.cell, self.blocks.found
@@ -160,6 +168,16 @@ class Timer:
 
     def _here(self, sample: Sample) -> bool:
         return sample.cell == self.blocks.cell and sample.session == self.blocks.session.number
+
+
+def repeats(usual: Sequence[float], turn_s: float) -> int:
+    """Iterations of a turn, the same for all arms, of which one usually takes so many seconds.
+
+    >>> repeats([0.1, 0.2], 0.5), repeats([0.1, 5.0], 0.5), repeats([0.1, 30.0], 0.5)
+    (5, 2, 1)
+    """
+    wanted = min(math.ceil(turn_s / min(usual)), MOST_ITERATIONS)
+    return max(min(wanted, int(LONGEST * turn_s / max(usual))), 1)
 
 
 def _half_width(before: list[float], after: list[float], level: float) -> float:
