@@ -77,6 +77,18 @@ def available_bytes() -> int:
     return free if within is None else min(free, within)
 
 
+def free_bytes() -> int:
+    """What arms may take together: of main memory or of the GPU, whichever has less.
+
+    An arm that computes on the CPU counts as if it took memory of the GPU, too.
+    """
+    free, torch = available_bytes(), _version("torch") or ""
+    gpu = nvml.current(nvml.gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    if gpu is None or torch.endswith("+cpu") or gpu["memory_used_bytes"] is None:
+        return free
+    return min(free, int(gpu["memory_bytes"] - gpu["memory_used_bytes"]))
+
+
 def reset_peak() -> None:
     """Start a new peak of resident memory. Raises OSError where that is impossible (not Linux)."""
     Path("/proc/self/clear_refs").write_text("5")

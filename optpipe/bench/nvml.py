@@ -47,6 +47,17 @@ def gpus() -> list[Facts]:
         library.nvmlShutdown()
 
 
+def current(found: list[Facts], visible: str | None) -> Facts | None:
+    """The GPU that CUDA takes first; ``visible``: CUDA_VISIBLE_DEVICES, None where it is not set.
+
+    GPUs of several kinds may be numbered otherwise by CUDA, which puts the fastest first.
+    """
+    first = "0" if visible is None else visible.partition(",")[0].strip()
+    if first.isdigit():
+        return found[int(first)] if int(first) < len(found) else None
+    return next((gpu for gpu in found if first and (gpu["uuid"] or "").startswith(first)), None)
+
+
 class Counter:
     """The counters of one GPU. Raises OSError where the driver has none for it."""
 

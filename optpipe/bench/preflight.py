@@ -35,6 +35,14 @@ def _host(host: Mapping[str, Any], outcome: Outcome) -> Iterator[Check]:
         "room for every arm beside the baseline",
         not apart,
     )
+    devices = {told.device for told in outcome.loaded.values()}
+    if len(devices) > 1:
+        yield _check(
+            "devices",
+            "; ".join(f"{device}: {_on(outcome, device)}" for device in sorted(devices)),
+            "one device for all: a ratio between two also compares them",
+            False,
+        )
     if outcome.instrument is not None:
         errors = {k: v for k, v in outcome.instrument.items() if k.endswith("_error")}
         yield _check(
@@ -43,6 +51,10 @@ def _host(host: Mapping[str, Any], outcome: Outcome) -> Iterator[Check]:
             "known delays as planned",
             bool(outcome.instrument["passed"]),
         )
+
+
+def _on(outcome: Outcome, device: str) -> str:
+    return ", ".join(n for n, told in outcome.loaded.items() if told.device == device)
 
 
 def _gpu(gpu: Mapping[str, Any]) -> Iterator[Check]:

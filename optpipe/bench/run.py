@@ -114,7 +114,7 @@ def measure_arms(
     for name, why in idle.items():
         log.warning("'%s' is %s", name, why)
     sizes = {arm.name: PROCESS_BYTES + arm.memory_bytes() for arm in given if arm.name not in idle}
-    free = int(machine.available_bytes() * SHARE_OF_MEMORY)
+    free = int(machine.free_bytes() * SHARE_OF_MEMORY)
     groups, left_out = plan_twice(sizes, free, AGAIN)
     outcome = Outcome(
         arms=list(given),

@@ -151,6 +151,35 @@ def test_whatever_may_spoil_it_is_named():
     assert told["self-test"] == "TPOT +20.00%" and "big" in told["free memory"]
 
 
+def test_arms_on_two_devices_are_named():
+    told = {"baseline": "GPU", "quant": "GPU", "build": "cpu"}
+    loaded = {name: SimpleNamespace(device=device) for name, device in told.items()}
+    (check,) = [c for c in preflight.checks(host(), outcome(loaded=loaded)) if not c["passed"]]
+    assert (check["check"], check["found"]) == ("devices", "GPU: baseline, quant; cpu: build")
+    assert not failed(preflight.checks(host(), outcome(loaded={"baseline": loaded["build"]})))
+
+
+@pytest.mark.parametrize(
+    ("visible", "uuid"),
+    [(None, "GPU-a"), ("1", "GPU-b"), ("1,0", "GPU-b"), ("GPU-b", "GPU-b"), ("GPU-", "GPU-a"),
+     ("", None), ("-1", None), ("2", None), ("MIG-x", None)],
+)  # fmt: skip
+def test_the_gpu_that_cuda_takes_first(visible, uuid):
+    found = nvml.current([{"uuid": "GPU-a"}, {"uuid": "GPU-b"}], visible)
+    assert (found and found["uuid"]) == uuid
+
+
+def test_arms_must_fit_in_the_memory_of_the_gpu(monkeypatch):
+    gpu = {"uuid": "GPU-a", "memory_bytes": 8e9, "memory_used_bytes": 5e9}
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(machine, "available_bytes", lambda: 20_000_000_000)
+    for gpus, torch, free in (([gpu], "2.11.0", 3e9), ([gpu], "2.11.0+cpu", 2e10),
+                              ([], "2.11.0", 2e10)):  # fmt: skip
+        monkeypatch.setattr(machine.nvml, "gpus", lambda gpus=gpus: gpus)
+        monkeypatch.setattr(machine, "_version", lambda _, torch=torch: torch)
+        assert machine.free_bytes() == free
+
+
 def test_reports_show_what_failed():
     whole = reports.report()
     whole["run"]["preflight"] = preflight.checks(host(Driver(), load=[3.5, 0, 0]), outcome())
