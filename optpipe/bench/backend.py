@@ -5,6 +5,7 @@ Shapes: B rows of a batch, S tokens of a row, V entries of the vocabulary.
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from importlib import import_module
 from types import TracebackType
@@ -91,6 +92,10 @@ class Backend(ABC):
         """Most memory since ``reset_peak``: the process on a CPU, the device on a GPU."""
         return machine.peak_bytes()
 
+    def cpu_ns(self) -> int:
+        """CPU time so far of all that it runs in: the threads of this process."""
+        return time.process_time_ns()
+
     def device_s(self) -> tuple[float, ...] | None:
         """Seconds of each step since the last call, oldest first; None on a CPU.
 
@@ -119,6 +124,10 @@ BACKENDS = {
     "trtllm": "optpipe.bench.trtllm.Trtllm",
 }
 """Format of an artifact -> the class that opens it, imported only when it is needed."""
+ENDPOINTS = {
+    "vllm": "optpipe.bench.vllm.VllmEndpoint",
+}
+"""Format -> the class that puts it behind a server, to be sent requests alone."""
 NOT_DRIVEN = {
     "trtllm_legacy": "trtllm-build makes engines of it, where they will run; see its build.sh",
     "gguf": "llama.cpp runs it, which optpipe does not drive",
@@ -130,7 +139,16 @@ def backend_class(format: str) -> type[Backend]:
     """The backend of an artifact format; imports its runtime."""
     if format not in BACKENDS:
         raise InputError(f"no backend opens format '{format}'; known are {', '.join(BACKENDS)}")
-    module, _, name = BACKENDS[format].rpartition(".")
+    return _imported(BACKENDS[format])
+
+
+def endpoint_class(format: str) -> type[Backend]:
+    """The server for an artifact format; one of ENDPOINTS."""
+    return _imported(ENDPOINTS[format])
+
+
+def _imported(path: str) -> type[Backend]:
+    module, _, name = path.rpartition(".")
     found: type[Backend] = getattr(import_module(module), name)
     return found
 

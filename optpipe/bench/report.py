@@ -20,6 +20,7 @@ from optpipe.bench.timed.samples import Sample
 from optpipe.bench.worker import Arm
 
 SCHEMA = "optpipe.report/1"
+NO_LOGITS = "an endpoint tells no logits; its files are those of an artifact that was judged"
 NO_WINDOWS = {"reasons": {"windows": "no arm was left to judge"}}
 
 
@@ -91,7 +92,7 @@ def _artifact(arm: Arm, table: Table) -> Entry:
         "bytes": artifact.size_bytes,
         **told,
         "stats": artifact.stats,
-        "quality": _quality(arm.name, outcome),
+        "quality": _quality(arm, outcome),
         **({"evaluation": _evaluation(arm.name, outcome)} if outcome.tasks else {}),
         "cells": [table.cell(arm.name, cell) for cell in outcome.cells],
         "reasons": {key: why for key, value in told.items() if value is None},
@@ -99,7 +100,9 @@ def _artifact(arm: Arm, table: Table) -> Entry:
 
 
 def _role(arm: Arm, outcome: Outcome) -> str:
-    """'reference': the same weights as the baseline, in another dtype."""
+    """'reference': the baseline's weights in another dtype; 'endpoint': an artifact, served."""
+    if arm.endpoint:
+        return "endpoint"
     if arm.name == outcome.baseline:
         return "baseline"
     return "artifact" if arm.artifact.lineage else "reference"
@@ -113,11 +116,13 @@ def _evaluation(name: str, outcome: Outcome) -> Entry:
     return {**found, "reasons": {key: why for key, value in found.items() if value is None}}
 
 
-def _quality(name: str, outcome: Outcome) -> Entry:
-    judged, windows = outcome.judged, outcome.windows
+def _quality(arm: Arm, outcome: Outcome) -> Entry:
+    name, judged, windows = arm.name, outcome.judged, outcome.windows
     absent = outcome.left_out.get(name) or outcome.broken.get(name)
     if (why := absent or judged.missing.get(name)) is not None:
         return assess.without(why)
+    if arm.endpoint:
+        return assess.without(NO_LOGITS)
     if windows is None or name not in judged.scored:
         return assess.without("a window of the held-out text does not fit in its KV cache")
     context = assess.Context(

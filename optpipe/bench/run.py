@@ -12,6 +12,7 @@ from typing import Any
 
 from optpipe.artifact import Artifact
 from optpipe.bench import machine, preflight, report
+from optpipe.bench.backend import ENDPOINTS, endpoint_class
 from optpipe.bench.bottlenecks import bottleneck, host
 from optpipe.bench.bottlenecks.physics import Physics, survey
 from optpipe.bench.energy import measure_energy
@@ -38,6 +39,7 @@ log = logging.getLogger(__name__)
 PROCESS_BYTES = 500_000_000
 """What a worker takes before any weights, and for activations."""
 SHARE_OF_MEMORY = 0.9
+ONLY_REQUESTS = "an endpoint is sent requests that come by themselves, and nothing else"
 
 
 def run(
@@ -84,7 +86,7 @@ def run(
 
 def _physics(outcome: Outcome) -> Physics:
     """Ceilings, costs and host times of all arms that are alive."""
-    alive = [arm for arm in outcome.arms if outcome.absent(arm.name) is None]
+    alive = [a for a in outcome.arms if outcome.absent(a.name) is None and not a.endpoint]
     devices = {arm.name: outcome.loaded[arm.name].device for arm in alive}
     found = survey(alive, outcome.cells, outcome.bench.thread_count, devices)
     timed_s = host.from_events(outcome.measured.samples, found.busy_s)
@@ -101,6 +103,17 @@ def arms(artifacts: Sequence[Artifact], bench: BenchConfig) -> list[Arm]:
     return [first, *(replace(first, name=f"{first.name}-{d}", dtype=d) for d in others), *rest]
 
 
+def endpoints(given: Sequence[Arm], scenarios: Mapping[str, Scenario]) -> list[Arm]:
+    """The servers of all arms that have one, where a scenario sends requests."""
+    if all(scenario.serving is None for scenario in scenarios.values()):
+        return []
+    return [
+        replace(arm, name=f"{arm.name}-endpoint", find=endpoint_class, endpoint=True)
+        for arm in given
+        if arm.artifact.format in ENDPOINTS
+    ]
+
+
 def measure_arms(
     given: Sequence[Arm],
     bench: BenchConfig,
@@ -109,6 +122,7 @@ def measure_arms(
     tasks: EvalConfig | None = None,
 ) -> Outcome:
     """Every arm in every cell; the first arm is the baseline."""
+    given = [*given, *endpoints(given, scenarios)]
     baseline = given[0]
     idle = {arm.name: f"not benchmarked: {why}" for arm in given if (why := arm.missing())}
     for name, why in idle.items():
@@ -124,6 +138,7 @@ def measure_arms(
         bench=bench,
     )
     outcome.measured.scenarios, outcome.tasks = scenarios, tasks
+    outcome.measured.dropped = _not_for_endpoints(outcome)
     outcome.measured.texts = read_texts(scenarios, baseline.artifact.path)
     outcome.content = _hashes(given)
     outcome.instrument = selftest(SHORT_RUNS)
@@ -137,6 +152,14 @@ def measure_arms(
     outcome.changed = gate.changed(outcome.content, _hashes(given))
     outcome.unlike = gate.audit(_emitted(outcome), outcome.judged.expected)
     return outcome
+
+
+def _not_for_endpoints(outcome: Outcome) -> dict[tuple[str, Cell], str]:
+    """Why they are not in cells without a server."""
+    scenarios = outcome.measured.scenarios
+    plain = [cell for cell in outcome.cells if scenarios[cell.scenario].serving is None]
+    served = (arm.name for arm in outcome.arms if arm.endpoint)
+    return {(name, cell): ONLY_REQUESTS for name in served for cell in plain}
 
 
 def _hashes(given: Sequence[Arm]) -> dict[str, str]:
@@ -153,12 +176,16 @@ def _side_by_side(outcome: Outcome, number: int, given: Sequence[Arm], progress:
     31 to 66 % in onnxruntime; with the heap trimmed it was still 4 and 28 %.
     """
     bench = outcome.bench
-    with reside([arm for arm in given if arm.name != AGAIN], progress) as residents:
+    judged = [arm for arm in given if arm.name != AGAIN and not arm.endpoint]
+    with reside(judged, progress) as residents:
         outcome.broken |= residents.broken
         outcome.loaded |= residents.loaded
         _judge(outcome, residents, progress)
     with reside([arm for arm in given if arm.name not in outcome.broken], progress) as residents:
         outcome.broken |= residents.broken
+        outcome.loaded |= {
+            n: residents.loaded[n] for n, w in residents.workers.items() if w.arm.endpoint
+        }
         session = Session(
             number=number,
             workers=residents.workers,
@@ -186,7 +213,8 @@ def _taking_turns(outcome: Outcome, name: str, progress: Progress) -> None:
 
 def _judge(outcome: Outcome, residents: Residents, progress: Progress) -> None:
     """What is known of every arm apart from its speed."""
-    workers, loaded, bench = residents.workers, residents.loaded, outcome.bench
+    workers = {name: w for name, w in residents.workers.items() if not w.arm.endpoint}
+    loaded, bench = residents.loaded, outcome.bench
     budget_s, folder = bench.quality.budget_s, outcome.arms[0].artifact.path
     if not workers:
         return

@@ -41,7 +41,7 @@ def recommendation(artifacts: Sequence[Mapping[str, Any]]) -> list[Entry]:
     One cell of a scenario is named by the scenario alone, more of them by what tells them apart.
     """
     found: list[tuple[Mapping[str, Any], str, Entry]] = []
-    baseline, *others = artifacts
+    baseline, *others = [entry for entry in artifacts if entry["role"] != "endpoint"]
     for index, cell in enumerate(baseline["cells"]):
         deciding = {
             metric

@@ -1,31 +1,36 @@
-"""vLLM as a backend, offline and in this process: artifacts of format 'vllm', and unified ones.
+"""vLLM as a backend: offline, in this process, and as the server that `vllm serve` runs.
 
-Written against vLLM 0.25.1. The engine is stepped by hand, so that every token is seen as it comes.
+Written against vLLM 0.25.1. Offline the engine is stepped by hand, so that every token is seen as
+it comes. No prefix is ever reused, as every arm does the same work.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import Any
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from optpipe.artifact import Artifact
 from optpipe.bench.backend import Logits
+from optpipe.bench.endpoint import HOST, NAME, Endpoint
 from optpipe.bench.paged import Paged, kv_bytes, unusable
+from optpipe.checkpoint import Checkpoint
 
 SLACK_BYTES = 4_000_000_000
 """Activations, CUDA graphs and libraries, beside weights and cache."""
 SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process: no queue between us and the engine
     "VLLM_USE_FLASHINFER_SAMPLER": "0",  # would be compiled at the first token
+    "VLLM_NO_USAGE_STATS": "1",  # it would call home
 }
 
 
 class Vllm(Paged):
-    """A checkpoint in vLLM; no prefix is ever reused, as every arm does the same work."""
+    """A checkpoint in vLLM."""
 
     def __init__(self, artifact: Artifact, threads: int, dtype: str) -> None:
         os.environ.update(SETTINGS)
@@ -33,16 +38,13 @@ class Vllm(Paged):
         from vllm.sampling_params import RequestOutputKind
 
         checkpoint = self._open(artifact)
-        cache_bytes = kv_bytes(checkpoint)
-        total = torch.cuda.get_device_properties(0).total_memory
         llm: Any = LLM(
             model=str(artifact.path),
             skip_tokenizer_init=True,
             dtype=self.dtype,
             max_model_len=self.capacity,
-            kv_cache_memory_bytes=cache_bytes,
-            # only checked against what is free; the cache has its own limit above
-            gpu_memory_utilization=(2 * self.weight_bytes + cache_bytes + SLACK_BYTES) / total,
+            kv_cache_memory_bytes=kv_bytes(checkpoint),
+            gpu_memory_utilization=_share(checkpoint),
             enable_prefix_caching=False,
             max_logprobs=-1,
         )
@@ -121,3 +123,37 @@ class Vllm(Paged):
         dense = np.full(self.vocab, -np.inf, dtype=np.float32)
         dense[flat.token_ids[here]] = flat.logprobs[here]
         return dense
+
+
+class VllmEndpoint(Endpoint):
+    """A checkpoint behind vLLM's OpenAI endpoint."""
+
+    ask: ClassVar[Mapping[str, object]] = {"return_token_ids": True}
+
+    def command(self, artifact: Artifact, port: int) -> Sequence[str]:
+        os.environ.update(SETTINGS)
+        checkpoint = Checkpoint(artifact.path)
+        options: dict[str, object] = {
+            "model": artifact.path,
+            "served-model-name": NAME,
+            "host": HOST,
+            "port": port,
+            "dtype": self.dtype,
+            "max-model-len": self.capacity,
+            "kv-cache-memory-bytes": kv_bytes(checkpoint),
+            "gpu-memory-utilization": _share(checkpoint),
+        }
+        flags = ["skip-tokenizer-init", "no-enable-prefix-caching", "disable-uvicorn-access-log"]
+        given = [text for key, value in options.items() for text in (f"--{key}", str(value))]
+        server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+        return [*server, *given, *(f"--{flag}" for flag in flags)]
+
+    @classmethod
+    def missing(cls, artifact: Artifact) -> str | None:
+        return unusable("vllm")
+
+
+def _share(checkpoint: Checkpoint) -> float:
+    """Of the GPU's memory: only checked against what is free, as the cache has its own limit."""
+    wanted = 2 * checkpoint.size_bytes + kv_bytes(checkpoint) + SLACK_BYTES
+    return wanted / torch.cuda.get_device_properties(0).total_memory

@@ -45,6 +45,8 @@ class Arm:
     threads: int
     find: Callable[[str], type[Backend]] = backend_class
     """Format -> backend; a module-level function, since the worker looks it up by name."""
+    endpoint: bool = False
+    """It is sent requests alone: it runs in cells of a server, and tells no logits."""
 
     def memory_bytes(self) -> int:
         """Upper estimate of what its weights take once loaded."""
@@ -107,9 +109,9 @@ class Iterate:
             backend.reset_peak()
         except OSError:
             has_peak = False
-        cpu_ns = time.process_time_ns()
+        cpu_ns = backend.cpu_ns()
         trace = generate(backend, self.ids_BS, self.new_tokens, self.limit_ns, clock)
-        cpu_s = (time.process_time_ns() - cpu_ns) / 1e9
+        cpu_s = (backend.cpu_ns() - cpu_ns) / 1e9
         return Iteration(
             trace=trace,
             cpu_s=cpu_s,

@@ -42,9 +42,10 @@ def assessed(judged, name="a", **fields):
 
 def report(**qualities):
     """A report of a baseline and of these artifacts."""
-    arms = [{"name": name, "lineage": [name], "quality": q} for name, q in qualities.items()]
+    made = {"role": "artifact", "lineage": ["a"]}
+    arms = [{**made, "name": name, "quality": q} for name, q in qualities.items()]
     base_quality = assess.without("not asked") | {"perplexity": 4.0}
-    base = {"name": "baseline", "lineage": [], "quality": base_quality}
+    base = {"name": "baseline", "role": "baseline", "lineage": [], "quality": base_quality}
     return {"run": {"invalid_reasons": []}, "artifacts": [base, *arms]}
 
 

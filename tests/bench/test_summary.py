@@ -25,9 +25,10 @@ def test_the_crossover_is_the_first_batch_that_is_clearly_slower():
     assert crossover([])["batch"] is None
 
 
-def artifact(name, low, verdict, tier):
+def artifact(name, low, verdict, tier, role="artifact"):
     return {
         "name": name,
+        "role": role,
         "quality": {"tier": tier},
         "cells": [cell(4, low, low + 0.1, verdict=verdict)],
     }
@@ -38,19 +39,30 @@ def artifact(name, low, verdict, tier):
     [
         ([("a", 1.2, "FASTER", "near"), ("b", 1.5, "FASTER", "lossless")], "b", "1.50 times"),
         ([("a", 1.2, "FASTER", "near"), ("b", 1.5, "FASTER", "degraded")], "a", "near"),
+        ([("a", 1.2, "FASTER", "near"), ("b", 1.5, "FASTER", "near", "endpoint")], "a", "near"),
         ([("a", 1.2, "FASTER", None), ("b", 0.5, "SLOWER", "near")], "base", "'a' (unknown)"),
         ([("a", 1.2, "INCONCLUSIVE", "near"), ("b", 0.5, "SLOWER", "near")], "base", "no artifact"),
     ],
 )
 def test_the_recommendation_is_the_fastest_that_is_good_enough(others, best, why):
-    base = {"name": "base", "quality": {"tier": None}, "cells": [cell(4, 1.0, 1.0)]}
+    base = {
+        "name": "base",
+        "role": "baseline",
+        "quality": {"tier": None},
+        "cells": [cell(4, 1.0, 1.0)],
+    }
     [found] = recommendation([base, *(artifact(*other) for other in others)])
     assert (found["scenario"], found["artifact"]) == ("batch", best)
     assert why in found["why"]
 
 
 def test_two_cells_of_a_scenario_are_two_recommendations():
-    base = {"name": "base", "quality": {}, "cells": [cell(1, 1.0, 1.0), cell(4, 1.0, 1.0)]}
+    base = {
+        "name": "base",
+        "role": "baseline",
+        "quality": {},
+        "cells": [cell(1, 1.0, 1.0), cell(4, 1.0, 1.0)],
+    }
     quick = {**artifact("quick", 1.2, "FASTER", "near")}
     quick["cells"] = [cell(1, 1.2, 1.3, verdict="FASTER"), cell(4, 0.8, 0.9, verdict="SLOWER")]
     found = recommendation([base, quick])
@@ -60,5 +72,5 @@ def test_two_cells_of_a_scenario_are_two_recommendations():
 
 
 def test_without_verdicts_there_is_nothing_to_recommend():
-    base = {"name": "base", "quality": {}, "cells": [cell(1, 1.0, 1.0)]}
+    base = {"name": "base", "role": "baseline", "quality": {}, "cells": [cell(1, 1.0, 1.0)]}
     assert recommendation([base]) == []

@@ -59,9 +59,9 @@ def busy_s(arm: Arm, cells: Sequence[Cell]) -> dict[Cell, dict[str, float]]:
     could not be queued in time is left out, and so is a runtime that cannot be held back.
     """
     found: dict[Cell, dict[str, float]] = {}
-    with open_backend(arm.artifact, arm.threads, arm.dtype) as backend:
-        if not isinstance(backend, Torch):
-            return {}
+    if not issubclass(arm.find(arm.artifact.format), Torch):
+        return found
+    with Torch(arm.artifact, arm.threads, arm.dtype) as backend:
         for cell in cells:
             steps = {"prefill": cell.prompt_tokens}
             if cell.new_tokens > 1:  # at the mean depth of its steps, with room for these

@@ -134,7 +134,7 @@ def check(report: Mapping[str, Any], config: QualityConfig, other: Sequence[str]
     for artifact in report["artifacts"]:
         if failures := artifact["quality"]["failures"]:
             raise GateError(f"'{artifact['name']}' FAILS the quality gate: {failures[0]}")
-    for artifact in (entry for entry in report["artifacts"] if entry["lineage"]):
+    for artifact in (entry for entry in report["artifacts"] if entry["role"] == "artifact"):
         _hold_tier(artifact, config.required)
         _hold_perplexity(artifact, base, config.max_perplexity_increase)
 

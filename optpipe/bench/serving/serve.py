@@ -2,16 +2,16 @@
 
 The scheduler is the simplest honest one: it takes what waits, at most ``max_batch`` requests in
 order of arrival, runs them to the end of the longest answer, and looks again. An engine that
-schedules requests itself gets each as it comes, as long as there are fewer than ``max_batch``.
-Requests of an open loop come at absolute deadlines whatever the server does, so that its delays are
-not left out (coordinated omission).
+schedules requests itself gets each as it comes, as long as there are fewer than ``max_batch``; an
+endpoint, too, on a connection for each. Requests of an open loop come at absolute deadlines
+whatever the server does, so that its delays are not left out (coordinated omission).
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -20,23 +20,13 @@ from optpipe.bench.backend import Backend
 from optpipe.bench.scenario import Objective, hash_ids
 from optpipe.bench.serving import request
 from optpipe.bench.serving.feeds import Arrived, Ask, Closed, Feed, Open
+from optpipe.bench.serving.live import Live, Outcome, request_of
 from optpipe.bench.serving.request import Request, Values
+from optpipe.bench.serving.streams import Streams, concurrent
 from optpipe.bench.timed.clock import Clock, Trace
 
 LEAD_NS = 5_000_000
 """From the command to time 0 of the arrivals."""
-UNANSWERED = "not answered when the time was over"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What a server did."""
-
-    requests: list[Request] = field(default_factory=list)
-    events: list[tuple[int, int]] = field(default_factory=list)
-    """(stamp, +1 or -1) as requests came and left; see :func:`request.little`."""
-    tokens: list[int] = field(default_factory=list)
-    """Of all answers, one after the other."""
 
 
 @runtime_checkable
@@ -54,19 +44,21 @@ class Scheduler(Protocol):
 
 
 def serve(
-    backend: Backend | Scheduler, feed: Feed, max_batch: int, until_ns: int, clock: Clock
+    backend: Backend | Scheduler | Streams, feed: Feed, max_batch: int, until_ns: int, clock: Clock
 ) -> Outcome:
     """Serve until no more comes; the queue is empty then, or the time over."""
     found = Outcome()
     if isinstance(backend, Scheduler):
         _continuous(backend, feed, max_batch, until_ns, clock, found)
+    elif isinstance(backend, Streams):
+        concurrent(backend, feed, max_batch, until_ns, clock, found)
     else:
         while batch := feed.take(max_batch):
             _batch(backend, batch, until_ns, clock, found)
             feed.finished(len(batch))
     left, now = feed.close(), clock()
     for arrived in left:
-        found.requests.append(_request(arrived, None, (), max(now, arrived.submit_ns)))
+        found.requests.append(request_of(arrived, None, (), max(now, arrived.submit_ns)))
         found.events.extend([(arrived.submit_ns, 1), (max(now, arrived.submit_ns), -1)])
     return found
 
@@ -94,28 +86,6 @@ def _continuous(
     engine.drop()
 
 
-@dataclass
-class Live:
-    """A request that an engine works on."""
-
-    arrived: Arrived
-    start_ns: int
-    chunks: list[tuple[int, int]] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-
-    def grow(self, tokens: Sequence[int], now_ns: int) -> bool:
-        """Whether its answer is whole with these tokens."""
-        self.tokens.extend(tokens)
-        self.chunks.append((now_ns, len(tokens)))
-        return len(self.tokens) >= self.arrived.ask.new_tokens
-
-    def leave(self, found: Outcome) -> None:
-        end_ns = self.chunks[-1][0] if self.chunks else self.start_ns
-        found.requests.append(_request(self.arrived, self.start_ns, self.chunks, end_ns))
-        found.events.append((end_ns, -1))
-        found.tokens.extend(self.tokens)
-
-
 def _batch(
     backend: Backend, batch: Sequence[Arrived], until_ns: int, clock: Clock, found: Outcome
 ) -> None:
@@ -135,25 +105,9 @@ def _batch(
     tokens_BN = np.stack(tokens, axis=1)
     for row, arrived in zip(tokens_BN, batch, strict=True):
         own = stamps[: arrived.ask.new_tokens]
-        found.requests.append(_request(arrived, start, [(at, 1) for at in own], own[-1]))
+        found.requests.append(request_of(arrived, start, [(at, 1) for at in own], own[-1]))
         found.events.append((own[-1], -1))
         found.tokens.extend(row[: len(own)].tolist())
-
-
-def _request(
-    arrived: Arrived, start_ns: int | None, chunks: Sequence[tuple[int, int]], end_ns: int
-) -> Request:
-    ask = arrived.ask
-    return Request(
-        sched_ns=arrived.sched_ns,
-        submit_ns=arrived.submit_ns,
-        start_ns=start_ns,
-        chunks=tuple(chunks),
-        end_ns=end_ns,
-        prompt_tokens=len(ask.ids_S),
-        new_tokens=ask.new_tokens,
-        error=None if sum(n for _, n in chunks) == ask.new_tokens else UNANSWERED,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +173,7 @@ class Serve:
             backend.reset_peak()
         except OSError:
             has_peak = False
-        cpu_ns, start_ns = time.process_time_ns(), clock() + LEAD_NS
+        cpu_ns, start_ns = backend.cpu_ns(), clock() + LEAD_NS
         until_ns = start_ns + int(self.longest_s * 1e9)
         feed: Feed = (
             Open(self.asks, start_ns, until_ns)
@@ -232,7 +186,7 @@ class Serve:
             events=tuple(found.events),
             tokens=tuple(found.tokens),
             objective=self.objective,
-            cpu_s=(time.process_time_ns() - cpu_ns) / 1e9,
+            cpu_s=(backend.cpu_ns() - cpu_ns) / 1e9,
             peak_bytes=backend.peak_bytes() if has_peak else None,
             device_s=backend.device_s(),
         )
