@@ -75,6 +75,7 @@ def check(stages: Mapping[str, Stage], source: Source, store: Path) -> list[Step
         try:
             if stage.compares and (by := next((s for s in steps[::-1] if s.stage.rewrites), None)):
                 order.check_lost(stage.plan(layers), layers, by.layers, by.name)
+            stage.follow([step.stage for step in steps], checkpoint)
             layers, inputs = stage.plan(layers), stage.inputs(checkpoint)
             if (config := stage.resize(checkpoint.config)) is not checkpoint.config:
                 checkpoint = checkpoint.planned(config)

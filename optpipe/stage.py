@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -61,6 +61,14 @@ class Stage(ABC):
         config so far. Raises ValueError if this stage cannot work on it. Runs before any work.
         """
         return None
+
+    def follow(self, earlier: Sequence[Stage], model: Checkpoint) -> None:
+        """Raise ValueError if this stage cannot work on what ``earlier`` stages make of ``model``.
+
+        For what neither the layers nor the formats tell, such as the type of a KV cache. Runs
+        before any work.
+        """
+        return None  # most can
 
     def output_bits(self, layers: Layers, rest: int, float_bits: int) -> float:
         """Upper estimate of the size of the new artifact's weights, bits.

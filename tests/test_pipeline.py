@@ -17,9 +17,15 @@ from hypothesis import strategies as st
 from optpipe import pipeline
 from optpipe.artifact import MANIFEST, Artifact, publish, sweep
 from optpipe.build.ort import Ort
+from optpipe.build.tensorrt import TensorRT
+from optpipe.cache.static import KvCache
 from optpipe.calibrate import Calib
 from optpipe.errors import GateError, InputError, StageError
+from optpipe.export.gguf import Gguf
 from optpipe.export.onnx import Onnx
+from optpipe.export.trtllm import Trtllm
+from optpipe.export.trtllm_legacy import TrtllmLegacy
+from optpipe.export.vllm import Vllm
 from optpipe.prune.magnitude import Magnitude
 from optpipe.quant.gptq import Gptq
 from optpipe.source import HuggingFace
@@ -173,6 +179,29 @@ def test_stages_that_do_not_fit_are_refused(source, tmp_path, stages, message):
     with pytest.raises(InputError) as caught:
         pipeline.check(stages, source, tmp_path)
     assert str(caught.value).startswith(message)
+
+
+CALIB = Calib(source="random", samples=4, tokens=32)
+CACHE = {number: KvCache(number=number, calib=CALIB) for number in ("int8", "fp8")}
+
+
+@pytest.mark.parametrize("stages, message", [
+    ([CACHE["int8"], Onnx(), TensorRT()], "caches of floats only"),
+    ([CACHE["fp8"], Onnx()], "KV cache in fp8 cannot be verified as ONNX"),
+    ([CACHE["int8"], Vllm()], "vLLM has a KV cache in fp8, none in int8"),
+    ([CACHE["int8"], Trtllm()], "TensorRT-LLM has a KV cache in fp8, none in int8"),
+    ([CACHE["fp8"], TrtllmLegacy()], "no scales of a KV cache"),
+    ([CACHE["fp8"], Gguf()], "leave the cache stage out"),
+    ([Onnx(capacity=64), TensorRT(max_prompt=65)], r"max_prompt 65 exceeds export\.capacity 64"),
+    ([Onnx(), TensorRT(max_prompt=129)], r"max_prompt 129 exceeds export\.capacity 128"),
+    ([Onnx(dtype="bfloat16"), Ort()], "multiplies no bfloat16"),
+])  # fmt: skip
+def test_what_a_stage_cannot_follow_is_refused_before_any_work(stages, message, source, tmp_path):
+    """What neither formats nor layers tell: the type of the KV cache, of floats, its capacity."""
+    named = {f"s{index}": stage for index, stage in enumerate(stages)}
+    with pytest.raises(InputError, match=message):
+        pipeline.check(named, source, tmp_path)
+    assert not any(tmp_path.iterdir())
 
 
 @given(st.lists(st.sampled_from([Add, ToOnnx, ToOrt, BackToHf]), min_size=1, max_size=5))

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ from optpipe.bench.cuda import Cuda
 from optpipe.build.nvidia import FULL, gpu_target
 from optpipe.build.plan import LOGITS, listener
 from optpipe.build.tensorrt import PLAN, about
+from optpipe.build.validity import unfit
 from optpipe.errors import one_line
 from optpipe.export.graph import DATA
 
@@ -67,6 +67,8 @@ class TensorRT(Backend):
             engine = runtime.deserialize_cuda_engine((artifact.path / PLAN).read_bytes())
         if engine is None:
             raise RuntimeError(f"TensorRT cannot load the plan: {self._logger.said()}")
+        if "weight_streaming" in settings["flags"]:
+            self._stream(engine, settings["streaming_mb"])
         self.capacity, self.device = settings["capacity"], self._gpu.name
         self._max_batch, self._max_prompt = settings["max_batch"], settings["max_prompt"]
         self._tensors = {entry["name"]: entry for entry in settings["tensors"]}
@@ -106,7 +108,7 @@ class TensorRT(Backend):
             return f"package '{name}' is broken: {one_line(error)}"
         if trt.__version__ != version and "version_compatible" not in settings["flags"]:
             return f"the plan is of {name} {version}, installed is {trt.__version__}"
-        return _unfit(trt, artifact.path / PLAN, settings["target"], gpu)
+        return unfit(trt, artifact.path / PLAN, settings, gpu)
 
     def prefill(self, ids_BS: Ids, lengths_B: Ids) -> Logits:
         self._reset(len(ids_BS))
@@ -172,6 +174,16 @@ class TensorRT(Backend):
         """The shape of a cache for ``rows``, by default as many as there may be."""
         rows = self._max_batch if rows is None else rows
         return (rows, *(int(size) for size in self._tensors[name]["shape"][1:]))
+
+    def _stream(self, engine: Any, most_mb: int | None) -> None:
+        """Keep so many weights on the GPU; TensorRT wants to know before there is a context."""
+        budget = engine.get_weight_streaming_automatic_budget()
+        if most_mb is not None:
+            budget = min(most_mb * 1_000_000, engine.streamable_weights_size)
+        with self._gpu.counted():
+            engine.weight_streaming_budget_v2 = budget
+        if engine.weight_streaming_budget_v2 != budget:
+            raise RuntimeError(f"TensorRT refuses {budget} bytes of weights: {self._logger.said()}")
 
     def _context(self, profile: int) -> Any:
         """An execution context of one profile, with the cache bound as past and as present."""
@@ -274,25 +286,3 @@ class TensorRT(Backend):
     def _to_host(self, logits_BLV: Tensor) -> Logits:
         with self._gpu.work():  # float32 only on the host: half as much to copy
             return logits_BLV.cpu().float().numpy()
-
-
-def _unfit(trt: Any, plan: Path, built: str, gpu: str) -> str | None:
-    if trt.__name__ == FULL:
-        return None if gpu == built else f"the plan is for {built}, the GPU here is {gpu}"
-    return _invalid(trt, plan, gpu)
-
-
-def _invalid(trt: Any, plan_file: Path, gpu: str) -> str | None:
-    """Why TensorRT for RTX cannot run the plan on this GPU, if it cannot."""
-    runtime = trt.Runtime(listener(trt))
-    with plan_file.open("rb") as file:  # the header tells, the rest may be gigabytes
-        header = file.read(runtime.engine_header_size)
-    validity, diagnostics = runtime.get_engine_validity(header)
-    if validity != trt.EngineValidity.INVALID:
-        return None
-    reasons = [
-        reason.name.lower().replace("_", " ")
-        for reason in trt.EngineInvalidityDiagnostics.__members__.values()
-        if diagnostics & int(reason)
-    ]
-    return f"TensorRT-RTX says that {gpu} cannot run the plan: {', '.join(reasons) or 'no reason'}"

@@ -7,6 +7,7 @@ capabilities that it knows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -27,10 +28,12 @@ LOWER_RIGHT = (11, 0)
 """The first TensorRT whose attention has a causal kind and lengths of keys."""
 EXTRA = {FULL: "tensorrt", RTX: "tensorrt-rtx"}
 TARGETS = ("current", "sm75", "sm80", "sm86", "sm89", "sm90", "sm100", "sm120", "sm121")
-FLAGS = ("weight_streaming", "refit", "version_compatible")
+FLAGS = ("weight_streaming", "refit", "version_compatible", "ampere_plus")
 PORTABLE = "sm80, sm86, sm89, sm120 and later"
 PORTABLE_FP8 = "sm89, sm120 and later"
 """What TensorRT for RTX builds for unless it is told otherwise, by its documentation."""
+AMPERE_PLUS = "sm80 and later"
+"""What TensorRT builds for with that flag."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +63,9 @@ class Package:
             return None
         if target == "current":
             return None if self.gpu else "target 'current' needs an NVIDIA GPU, and there is none"
-        return f"{self.name} {self.version} cannot build for {target} here, only for " + ", ".join(
-            self.targets
-        )
+        known = ", ".join(self.targets)
+        other = "" if self.name == FULL else f"; {FULL} builds for the {target} it runs on"
+        return f"{self.name} {self.version} cannot build for {target} here, only for {known}{other}"
 
     def refuse_attention(self, kind: str) -> str | None:
         """Why it cannot attend so, if it cannot."""
@@ -77,28 +80,36 @@ class Package:
             return None
         if flag == "version_compatible":
             return f"{self.name} has no lean runtime, which flag 'version_compatible' asks for"
+        if flag == "ampere_plus":
+            return f"{self.name} builds for {PORTABLE} anyway: leave flag 'ampere_plus' out"
         if flag == "refit" and self.gpu is None:
             return f"{self.name} asks for a GPU to build with flag 'refit', and there is none"
         return None
 
 
-def find(wanted: str) -> Package:
+def find(wanted: str, refuse: Callable[[Package], str | None] = lambda _: None) -> Package:
     """The package of this name; for 'auto' the first of PACKAGES that can build here.
 
-    Raises InputError with what is the matter with each, and what to install.
+    ``refuse`` says why a package cannot build what is wanted, if it cannot. Raises InputError with
+    what is the matter with each, and what to install where none is.
     """
-    gpu = gpu_target()
-    reasons = []
+    gpu, usable = gpu_target(), False
+    reasons: list[str] = []
     for name in PACKAGES if wanted == "auto" else (wanted,):
         found = _look(name, gpu)
-        if isinstance(found, Package):
+        if isinstance(found, str):
+            reasons.append(found)
+        elif (why := refuse(found)) is not None:
+            reasons.append(why)
+            usable = True
+        else:
             return found
-        reasons.append(found)
-    advice = " or ".join(f"'optpipe[{EXTRA[name]}]'" for name in PACKAGES[::-1])
-    raise InputError(
-        f"{'; '.join(reasons)}; pip install {advice} (the first builds without a GPU), or end with "
-        "stages=[...,export]"
-    )
+    text = "; ".join(reasons)
+    if not usable:
+        advice = " or ".join(f"'optpipe[{EXTRA[name]}]'" for name in PACKAGES[::-1])
+        text += f"; pip install {advice} (the first builds without a GPU)"
+        text += ", or end with stages=[...,export]"
+    raise InputError(text)
 
 
 def gpu_target() -> str | None:
@@ -107,6 +118,11 @@ def gpu_target() -> str | None:
         return None
     major, minor = torch.cuda.get_device_capability()
     return f"sm{major}{minor}"
+
+
+def capability(target: str) -> int:
+    """89 of 'sm89'."""
+    return int(target.removeprefix("sm"))
 
 
 def _look(name: str, gpu: str | None) -> Package | str:
@@ -146,6 +162,6 @@ def refuse_layers(layers: Layers, target: str | None) -> str | None:
             return f"layer '{name}' rounds its inputs by '{form.inputs}', TensorRT by one scale"
         if target == "sm75" and form.number == "int" and form.bits < 8:
             return f"layer '{name}' has weights of {form.bits} bits, which sm75 cannot unpack"
-        if target in ("sm75", "sm80", "sm86") and form.number == "fp8":
+        if target and form.number == "fp8" and capability(target) < 89:
             return f"layer '{name}' has fp8 weights, which begin with sm89, not {target}"
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -16,7 +17,7 @@ from optpipe.build.lower import Lowering
 from optpipe.checkpoint import Checkpoint, copy_side_files
 from optpipe.errors import InputError
 from optpipe.export.graph import read
-from optpipe.export.onnx import graph_bits, rotated_dims
+from optpipe.export.onnx import Onnx, graph_bits, rotated_dims
 from optpipe.linear import Layers
 from optpipe.stage import Progress, Stage
 from optpipe.text import has_tokenizer, save_fast
@@ -42,8 +43,7 @@ class Ort(Stage):
             )
 
     def run(self, source: Artifact, out: Path, progress: Progress) -> Stats:
-        if source.stats.get("dtype") == "bfloat16":
-            raise InputError("ONNX Runtime multiplies no bfloat16 on a CPU; set export.dtype")
+        _check_dtype(source.stats.get("dtype"))
         progress("lowering", 0, 1)
         Lowering(source.path, out, self.accuracy_level).run()
         copy_side_files(source.path, out)
@@ -72,6 +72,11 @@ class Ort(Stage):
         _ = model.stop_tokens  # raises what is wrong with them
         return str(onnxruntime.__version__)
 
+    def follow(self, earlier: Sequence[Stage], model: Checkpoint) -> None:
+        for stage in earlier:
+            if isinstance(stage, Onnx):
+                _check_dtype(stage.dtype)
+
     def output_bits(self, layers: Layers, rest: int, float_bits: int) -> float:
         return graph_bits(layers, rest, 32)  # if the graph is in float16, less
 
@@ -79,3 +84,8 @@ class Ort(Stage):
         """Whether any product of the engine rounds its activations."""
         products = (node for node in read(out).graph.node if node.op_type == "MatMulNBits")
         return self.accuracy_level == 4 and any(products)
+
+
+def _check_dtype(dtype: str | None) -> None:
+    if dtype == "bfloat16":
+        raise InputError("ONNX Runtime multiplies no bfloat16 on a CPU; set export.dtype")

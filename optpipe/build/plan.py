@@ -117,13 +117,6 @@ def inspect(trt: Any, plan: bytes) -> str | None:
     return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
 
-def malformed(trt: Any, plan: bytes) -> bool:
-    """Whether these bytes are no plan to TensorRT for RTX, which needs no GPU to tell."""
-    runtime = trt.Runtime(listener(trt))
-    _, diagnostics = runtime.get_engine_validity(plan)
-    return bool(diagnostics & int(trt.EngineInvalidityDiagnostics.MALFORMED_ENGINE))
-
-
 def shapes(graph: GraphProto, sizes: dict[str, Range]) -> Shapes:
     """The shapes of all inputs that vary, from the ranges of their symbols."""
     found: Shapes = {}
@@ -164,7 +157,10 @@ def _is24(weight_KN: np.ndarray) -> bool:
 def _configure(trt: Any, config: Any, request: Request, sparse: bool) -> None:
     flags = [*request.flags, *(["sparse_weights"] if sparse else [])]
     for flag in flags:
-        config.set_flag(getattr(trt.BuilderFlag, flag.upper()))
+        if flag == "ampere_plus":
+            config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+        else:
+            config.set_flag(getattr(trt.BuilderFlag, flag.upper()))
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if request.workspace_bytes is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request.workspace_bytes)

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -20,10 +21,12 @@ from optpipe.artifact import Artifact, Stats
 from optpipe.build import causal, nvidia
 from optpipe.build import plan as plans
 from optpipe.build.nvidia import Package
+from optpipe.build.validity import malformed
+from optpipe.cache.static import number_after
 from optpipe.checkpoint import Checkpoint, copy_side_files
 from optpipe.errors import GateError, InputError
 from optpipe.export.graph import DATA, MODEL, SESSION, read
-from optpipe.export.onnx import graph_bits
+from optpipe.export.onnx import Onnx, graph_bits
 from optpipe.linear import Layers
 from optpipe.stage import Progress, Stage
 
@@ -58,8 +61,11 @@ class TensorRT(Stage):
     """'mask': that of the graph; 'lower_right': TensorRT's own causal kind by the lengths of the
     keys, in layers that look at all tokens. The ONNX file, and what is verified, is the same."""
     flags: list[str] = field(default_factory=list)
-    """Any of 'weight_streaming', 'refit', 'version_compatible'. Sparse kernels are not asked for
-    here: they are allowed where the weights are 2:4."""
+    """Any of 'weight_streaming', 'refit', 'version_compatible', 'ampere_plus' (for this GPU and all
+    since sm80). Sparse kernels are not asked for here: they are allowed where weights are 2:4."""
+    streaming_mb: int | None = None
+    """Most weights that stay on the GPU with flag 'weight_streaming', 10^6 bytes, the rest comes
+    from the host at every step; null: as many as TensorRT thinks fit when the plan is loaded."""
     workspace_mb: int | None = None
     """Most scratch memory of a kernel, 10^6 bytes; null: all of the GPU."""
     timing_cache: str | None = None
@@ -75,26 +81,33 @@ class TensorRT(Stage):
             if value not in allowed:
                 names = ", ".join(str(a or "null") for a in allowed)
                 raise ValueError(f"{name} must be one of {names}, got '{value}'")
-        for name in ("max_batch", "max_prompt", "typical_prompt", "workspace_mb"):
+        if self.streaming_mb is not None and "weight_streaming" not in self.flags:
+            raise ValueError("streaming_mb needs flag 'weight_streaming'")
+        for name in ("max_batch", "max_prompt", "typical_prompt", "workspace_mb", "streaming_mb"):
             if (number := getattr(self, name)) is not None and number < 1:
                 raise ValueError(f"{name} must be at least 1, got {number}")
 
     def plan(self, layers: Layers) -> Layers:
-        if (why := nvidia.refuse_layers(layers, self.target)) is not None:
+        if (why := nvidia.refuse_layers(layers, self._oldest_gpu())) is not None:
             raise ValueError(why)
         return layers
 
+    def follow(self, earlier: Sequence[Stage], model: Checkpoint) -> None:
+        if number_after(earlier, model) is not None:
+            raise InputError("TensorRT writes to caches of floats only: leave stage 'cache' out")
+        for stage in earlier:
+            if isinstance(stage, Onnx):
+                self._check_prompt(stage.tokens(model))
+
     def inputs(self, model: Checkpoint) -> list[str | None]:
-        context = model.decoder.context
-        if self.max_prompt is not None and self.max_prompt > context:
-            raise InputError(f"max_prompt {self.max_prompt} exceeds the context of {context}")
+        if self.timing_cache is not None and not Path(self.timing_cache).parent.is_dir():
+            raise InputError(f"timing_cache: there is no folder for '{self.timing_cache}'")
         if self.attention != "mask" and (why := causal.refuse(model.decoder)) is not None:
             raise InputError(f"attention '{self.attention}': {why}; use attention=mask")
         package, why = self._package()
         if package is None:
             log.warning("no plan will be built, only its ONNX file checked: %s", why)
             return [why]
-        self._check(package)
         _ = model.stop_tokens  # raises what is wrong with them
         return [package.name, package.version, package.gpu]
 
@@ -102,14 +115,12 @@ class TensorRT(Stage):
         return graph_bits(layers, rest, 32) + KERNEL_BITS  # the ONNX file is linked, not copied
 
     def run(self, source: Artifact, out: Path, progress: Progress) -> Stats:
-        if Checkpoint(source.path).cache is not None:
-            raise InputError("TensorRT writes to caches of floats only: leave stage 'cache' out")
+        self.follow([], Checkpoint(source.path))
         _link(source.path, out)
         copy_side_files(source.path, out)
         properties = {p.key: p.value for p in read(out).metadata_props}
         capacity = int(properties["capacity"])
-        if self.max_prompt is not None and self.max_prompt > capacity:
-            raise InputError(f"max_prompt {self.max_prompt} exceeds export.capacity {capacity}")
+        self._check_prompt(capacity)
         package, why = self._package()
         about: dict[str, Any] = {"plan": None, "not_built": why, "capacity": capacity}
         if package is not None:
@@ -122,24 +133,43 @@ class TensorRT(Stage):
         return {**stats, "package": package and package.name, "not_built": why}
 
     def _package(self) -> tuple[Package | None, str | None]:
-        """What builds, or why nothing does. Raises InputError if that was asked for by name."""
+        """What builds, or why nothing does. Raises InputError if something was asked for."""
         try:
-            return nvidia.find(self.package), None
+            return nvidia.find(self.package, self._refuse), None
         except InputError as error:
-            if self.package != "auto" or self.target or self.flags:
+            wishes = (self.target, self.flags, self.timing_cache, self.attention != "mask")
+            if self.package != "auto" or any(wishes):
                 raise
             return None, str(error)
 
-    def _check(self, package: Package) -> None:
-        """Raise InputError for what this package cannot do here."""
+    def _refuse(self, package: Package) -> str | None:
+        """Why this package cannot do here what is asked for, if it cannot."""
         refused = [package.refuse_target(self.target), *map(package.refuse_flag, self.flags)]
         refused.append(package.refuse_attention(self.attention))
         if self.timing_cache is not None and package.name != nvidia.FULL:
             refused.append(f"{package.name} times nothing while it builds: no timing_cache")
-        if self.timing_cache is not None and not Path(self.timing_cache).parent.is_dir():
-            refused.append(f"timing_cache: there is no folder for '{self.timing_cache}'")
-        if why := next((why for why in refused if why), None):
-            raise InputError(why)
+        return next((why for why in refused if why), None)
+
+    def _oldest_gpu(self) -> str | None:
+        """What the plan must run on, if that is known before it is built."""
+        if "ampere_plus" in self.flags:
+            return "sm80"
+        if self.target not in (None, "current"):
+            return self.target
+        package, _ = self._package()
+        if package is None or (self.target is None and package.name != nvidia.FULL):
+            return None
+        return package.gpu
+
+    def _built_for(self, package: Package, out: Path) -> str | None:
+        """Which GPUs the plan runs on, in words."""
+        if package.name == nvidia.FULL:
+            return nvidia.AMPERE_PLUS if "ampere_plus" in self.flags else package.gpu
+        return self._oldest_gpu() or nvidia.portable(read(out).graph)
+
+    def _check_prompt(self, capacity: int) -> None:
+        if self.max_prompt is not None and self.max_prompt > capacity:
+            raise InputError(f"max_prompt {self.max_prompt} exceeds export.capacity {capacity}")
 
     def _build(
         self, package: Package, out: Path, capacity: int, progress: Progress
@@ -157,17 +187,16 @@ class TensorRT(Stage):
         plan = (out / PLAN).read_bytes()
         if package.gpu is not None and (layers := plans.inspect(package.module, plan)) is not None:
             (out / INSPECTED).write_text(layers)
-        portable = nvidia.portable(read(out).graph)
-        default = package.gpu if package.name == nvidia.FULL else portable
         return {
             "plan": PLAN,
             "not_built": None,
             "package": package.name,
             "version": package.version,
             "gpu": package.gpu,
-            "target": package.gpu if self.target == "current" else self.target or default,
+            "target": self._built_for(package, out),
             "attention": self.attention,
             "flags": [*self.flags, *(["sparse_weights"] if plans.sparse24(out) else [])],
+            "streaming_mb": self.streaming_mb,
             "max_batch": self.max_batch,
             "max_prompt": self.max_prompt or capacity,
             "profiles": built.profiles,
@@ -193,7 +222,7 @@ def check_files(folder: Path) -> None:
             raise GateError(f"'{folder / name}' is not the file that the engine was made with")
     if told["plan"] is None or told["package"] != nvidia.RTX:
         return
-    if plans.malformed(import_module(nvidia.RTX), (folder / PLAN).read_bytes()):
+    if malformed(import_module(nvidia.RTX), (folder / PLAN).read_bytes()):
         raise GateError(f"'{folder / PLAN}' is not a plan that {nvidia.RTX} recognizes")
 
 

@@ -7,6 +7,7 @@ that the model makes once everything else is done to it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -43,10 +44,13 @@ class KvCache(Stage):
     def inputs(self, model: Checkpoint) -> str:
         return self.calib.inputs(model)
 
+    def follow(self, earlier: Sequence[Stage], model: Checkpoint) -> None:
+        if (number := number_after(earlier, model)) is not None:
+            raise InputError(f"the KV cache is quantized already, to {number}")
+
     def run(self, source: Artifact, out: Path, progress: Progress) -> Stats:
         checkpoint = Checkpoint(source.path)
-        if checkpoint.cache is not None:
-            raise InputError(f"the KV cache is quantized already, to {checkpoint.cache.number}")
+        self.follow([], checkpoint)
         decoder, layers = checkpoint.decoder, model.layers(checkpoint)
         largest = {part: [0.0] * len(decoder.blocks) for part in ("key", "value")}
 
@@ -65,3 +69,11 @@ class KvCache(Stage):
         scales = {p: [float(input_scale(m, top)) for m in most] for p, most in largest.items()}
         kvcache.CacheForm(number=self.number, **scales).save(out)
         return {"kv_cache": self.number, **observation.facts}
+
+
+def number_after(earlier: Sequence[Stage], model: Checkpoint) -> str | None:
+    """In what these stages leave the KV cache: 'int8', 'fp8', or None for floats."""
+    numbers = [stage.number for stage in earlier if isinstance(stage, KvCache)]
+    if numbers:
+        return numbers[-1]
+    return model.cache.number if model.cache else None

@@ -94,14 +94,10 @@ def cache_scales(checkpoint: Checkpoint) -> dict[tuple[str, str], float]:
     }
 
 
-def fp8_cache(checkpoint: Checkpoint, runtime: str) -> bool:
-    """Whether the cache is in fp8. Raises InputError for int8, which ``runtime`` has not."""
-    if checkpoint.cache is not None and checkpoint.cache.number != "fp8":
-        raise InputError(
-            f"{runtime} has a KV cache in fp8, none in {checkpoint.cache.number}; set "
-            "cache.number=fp8"
-        )
-    return checkpoint.cache is not None
+def check_cache(number: str | None, runtime: str) -> None:
+    """Raise InputError for a KV cache in int8, which ``runtime`` has not."""
+    if number not in (None, "fp8"):
+        raise InputError(f"{runtime} has a KV cache in fp8, none in {number}; set cache.number=fp8")
 
 
 def parameters(checkpoint: Checkpoint) -> list[str]:

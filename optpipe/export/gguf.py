@@ -11,7 +11,7 @@ the scale of a larger group is repeated. https://github.com/ggml-org/ggml/blob/m
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from optpipe import model
 from optpipe.artifact import Artifact, Stats
+from optpipe.cache.static import number_after
 from optpipe.checkpoint import Checkpoint, copy_side_files
 from optpipe.errors import InputError
 from optpipe.export import llamacpp
@@ -66,14 +67,17 @@ class Gguf(Stage):
         llamacpp.check(model)
         return str(getattr(gguf, "__version__", ""))
 
+    def follow(self, earlier: Sequence[Stage], model: Checkpoint) -> None:
+        if number_after(earlier, model) is not None:
+            raise InputError(
+                "llama.cpp takes the type of its KV cache as an option; leave the cache stage out"
+            )
+
     def run(self, source: Artifact, out: Path, progress: Progress) -> Stats:
         import gguf
 
         checkpoint = Checkpoint(source.path)
-        if checkpoint.cache is not None:
-            raise InputError(
-                "llama.cpp takes the type of its KV cache as an option; leave the cache stage out"
-            )
+        self.follow([], checkpoint)
         arch = llamacpp.ARCHITECTURES[checkpoint.decoder.family]
         writer = gguf.GGUFWriter(out / FILE, arch, use_temp_file=True)
         llamacpp.describe(checkpoint, writer)

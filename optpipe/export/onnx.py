@@ -20,6 +20,7 @@ overwritten before any later token sees it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from optpipe import model
 from optpipe.artifact import Artifact, Stats
+from optpipe.cache.static import number_after
 from optpipe.checkpoint import Checkpoint, copy_side_files
 from optpipe.errors import InputError
 from optpipe.export.attention import Attention
@@ -74,20 +76,27 @@ class Onnx(Stage):
         return layers
 
     def inputs(self, model: Checkpoint) -> None:
-        _check_rope(model, _capacity(model, self.capacity))
+        _check_rope(model, self.tokens(model))
 
     def output_bits(self, layers: Layers, rest: int, float_bits: int) -> float:
         return graph_bits(layers, rest, DTYPES[self.dtype].itemsize * 8)
 
-    def run(self, source: Artifact, out: Path, progress: Progress) -> Stats:
-        checkpoint = Checkpoint(source.path)
-        if checkpoint.cache is not None and checkpoint.cache.number != "int8":
+    def follow(self, earlier: Sequence[Stage], model: Checkpoint) -> None:
+        if (number := number_after(earlier, model)) not in (None, "int8"):
             raise InputError(
-                f"a KV cache in {checkpoint.cache.number} cannot be verified as ONNX, because ONNX "
+                f"a KV cache in {number} cannot be verified as ONNX, because ONNX "
                 "Runtime has no TensorScatter of it on a CPU; use cache.number=int8, or an export "
                 "for vLLM or TensorRT-LLM"
             )
-        capacity = _capacity(checkpoint, self.capacity)
+
+    def tokens(self, model: Checkpoint) -> int:
+        """How many the KV cache of a row will hold."""
+        return _capacity(model, self.capacity)
+
+    def run(self, source: Artifact, out: Path, progress: Progress) -> Stats:
+        checkpoint = Checkpoint(source.path)
+        self.follow([], checkpoint)
+        capacity = self.tokens(checkpoint)
         Emitter(checkpoint, out, DTYPES[self.dtype], capacity).emit(progress)
         copy_side_files(source.path, out)
         bits = _bits_per_weight(checkpoint, DTYPES[self.dtype].itemsize * 8)

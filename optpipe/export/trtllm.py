@@ -17,7 +17,7 @@ The loader joins q, k and v (gate and up) and, for FP8, rounds them again if the
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from optpipe import __version__, model
 from optpipe.artifact import Artifact, Stats
+from optpipe.cache.static import number_after
 from optpipe.checkpoint import Checkpoint
 from optpipe.errors import InputError
 from optpipe.export.folder import (
@@ -36,9 +37,9 @@ from optpipe.export.folder import (
     KEY,
     VALUE,
     Folder,
+    check_cache,
     check_dtype,
     check_layers,
-    fp8_cache,
     write_json,
 )
 from optpipe.export.vllm import eight_bit, scaled
@@ -85,10 +86,14 @@ class Trtllm(Stage):
         if model.decoder.transposed:
             raise InputError(f"TensorRT-LLM has no family '{model.decoder.family}' any more")
 
+    def follow(self, earlier: Sequence[Stage], model: Checkpoint) -> None:
+        check_cache(number_after(earlier, model), "TensorRT-LLM")
+
     def run(self, source: Artifact, out: Path, progress: Progress) -> Stats:
         checkpoint = Checkpoint(source.path)
         layers = model.layers(checkpoint)
-        fp8 = fp8_cache(checkpoint, "TensorRT-LLM")
+        self.follow([], checkpoint)
+        fp8 = checkpoint.cache is not None
         told = common_algorithm(layers) or {"quant_algo": None}
         told["kv_cache_quant_algo"] = FP8 if fp8 else None
         plain = not any(told.values())

@@ -9,6 +9,7 @@ columns. Weights and scales of a layer are as in :mod:`optpipe.export.trtllm`, u
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 
 from optpipe import __version__, model
 from optpipe.artifact import Artifact, Stats
+from optpipe.cache.static import number_after
 from optpipe.checkpoint import Checkpoint, copy_side_files
 from optpipe.errors import InputError
 from optpipe.export import trtllm
@@ -78,12 +80,15 @@ class TrtllmLegacy(Stage):
             if getattr(decoder, what) % (2 * ranks if what == "intermediate" else ranks):
                 raise InputError(f"{what} {getattr(decoder, what)} cannot be split among {ranks}")
 
-    def run(self, source: Artifact, out: Path, progress: Progress) -> Stats:
-        checkpoint, ranks = Checkpoint(source.path), self.tensor_parallel
-        if checkpoint.cache is not None:
+    def follow(self, earlier: Sequence[Stage], model: Checkpoint) -> None:
+        if number_after(earlier, model) is not None:
             raise InputError(
                 "export=trtllm_legacy writes no scales of a KV cache; export=trtllm does"
             )
+
+    def run(self, source: Artifact, out: Path, progress: Progress) -> Stats:
+        checkpoint, ranks = Checkpoint(source.path), self.tensor_parallel
+        self.follow([], checkpoint)
         layers = model.layers(checkpoint)
         told = trtllm.common_algorithm(layers)
         for rank in range(ranks):

@@ -17,7 +17,7 @@ https://github.com/vllm-project/compressed-tensors; checked against 0.17 and vLL
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,9 +27,10 @@ from torch import Tensor
 
 from optpipe import model
 from optpipe.artifact import Artifact, Stats
+from optpipe.cache.static import number_after
 from optpipe.checkpoint import Checkpoint
 from optpipe.errors import InputError
-from optpipe.export.folder import Folder, check_dtype, check_layers, fp8_cache
+from optpipe.export.folder import Folder, check_cache, check_dtype, check_layers
 from optpipe.linear import BLOCKS, PER_CHANNEL, PER_TENSOR, Form, Layers, Quantized, pack, unpack
 from optpipe.microscaling import FP8
 from optpipe.stage import Progress, Stage
@@ -65,9 +66,13 @@ class Vllm(Stage):
                 "not know"
             )
 
+    def follow(self, earlier: Sequence[Stage], model: Checkpoint) -> None:
+        check_cache(number_after(earlier, model), "vLLM")
+
     def run(self, source: Artifact, out: Path, progress: Progress) -> Stats:
         checkpoint = Checkpoint(source.path)
-        fp8 = fp8_cache(checkpoint, "vLLM")
+        self.follow([], checkpoint)
+        fp8 = checkpoint.cache is not None
         settings = quantization(model.layers(checkpoint), CACHE if fp8 else None)
         folder = Folder(checkpoint=checkpoint, out=out, dtype=self.dtype, cache=cache_scale)
         folder.write(encode, settings, progress)

@@ -44,6 +44,7 @@ class Runtime:
 
 class Engine:
     contexts: ClassVar[list] = []  # of all engines, for tests to look at
+    streamable_weights_size, most = 900_000, 10_000_000
 
     def __init__(self, folder):
         about = json.loads((folder / "engine.json").read_text())
@@ -53,6 +54,20 @@ class Engine:
         options.intra_op_num_threads = 1
         file = str(folder / "model.onnx")
         self.session = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        self.budget = self.streamable_weights_size
+
+    def get_weight_streaming_automatic_budget(self):
+        return 123_456
+
+    @property
+    def weight_streaming_budget_v2(self):
+        return self.budget
+
+    @weight_streaming_budget_v2.setter
+    def weight_streaming_budget_v2(self, size):
+        assert not any(context.engine is self for context in self.contexts), "set too late"
+        if size <= self.most:  # else it is only logged
+            self.budget = size
 
     def create_runtime_config(self):
         return RuntimeConfig()

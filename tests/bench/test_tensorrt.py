@@ -36,17 +36,17 @@ def engine(run, tiny, package, monkeypatch):
     monkeypatch.setattr(backend, "Cuda", fake_trt.Host)
     monkeypatch.setattr(fake_trt.Engine, "contexts", [])
 
-    def make(family="llama", dtype="float32"):
+    def make(family="llama", dtype="float32", **more):
         graph = run(Onnx(dtype=dtype, capacity=CAPACITY), tiny(family))
         made = run(TensorRT(max_batch=MAX_BATCH, max_prompt=MAX_PROMPT), graph)
-        write_sidecar(made.path, package)
+        write_sidecar(made.path, package, **more)
         (made.path / PLAN).write_bytes(str(made.path).encode())
         return open_backend(made), Engine(made.path, 1)
 
     return make
 
 
-def write_sidecar(folder, package):
+def write_sidecar(folder, package, flags=(), streaming_mb=None):
     """What the builder would have written."""
     graph = read(folder).graph
     names = {10: "half", 1: "float", 7: "int64"}
@@ -58,7 +58,8 @@ def write_sidecar(folder, package):
     sizes = plan.ranges(MAX_BATCH, MAX_PROMPT, MAX_PROMPT)
     profiles = {name: plan.shapes(graph, size) for name, size in sizes.items()}
     told = json.loads((folder / SIDECAR).read_text())
-    told |= {"plan": PLAN, "package": package, "version": fake_trt.__version__, "flags": []}
+    told |= {"plan": PLAN, "package": package, "version": fake_trt.__version__}
+    told |= {"flags": [*flags], "streaming_mb": streaming_mb}
     told |= {"max_batch": MAX_BATCH, "max_prompt": MAX_PROMPT}
     told |= {"tensors": tensors, "profiles": profiles, "target": "sm90"}
     (folder / SIDECAR).write_text(json.dumps(told))
@@ -136,6 +137,22 @@ def test_a_full_cache_and_a_batch_too_large_are_errors(engine, ids):
         ours.score(ids[:1])
     with pytest.raises(ValueError, match=r"5 rows exceed the engine's build\.max_batch of 4"):
         ours.prefill(np.zeros((5, 3), np.int64), np.full(5, 3))
+
+
+@pytest.mark.parametrize("flags, most_mb, expected", [
+    ([], None, 900_000),  # all of them
+    (["weight_streaming"], None, 123_456), (["weight_streaming"], 1, 900_000),
+])  # fmt: skip
+def test_so_many_weights_stay_on_the_gpu(flags, most_mb, expected, engine, ids):
+    ours, theirs = engine(flags=flags, streaming_mb=most_mb)
+    assert ours._engine.budget == expected
+    close(ours.score(ids[:1, :9]), theirs.score(ids[:1, :9]))
+
+
+def test_a_budget_that_tensorrt_refuses_is_an_error(engine, monkeypatch):
+    monkeypatch.setattr(fake_trt.Engine, "most", 100_000)
+    with pytest.raises(RuntimeError, match="TensorRT refuses 123456 bytes of weights"):
+        engine(flags=["weight_streaming"])
 
 
 def test_device_time_has_one_entry_a_step(engine, ids):

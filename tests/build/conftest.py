@@ -1,5 +1,10 @@
 """Compressed checkpoints made by hand, so that these tests stand on no method of ours."""
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))  # for fake_builder.py
+
 import pytest
 import torch
 

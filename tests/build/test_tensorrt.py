@@ -8,7 +8,9 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import fake_builder
 import numpy as np
 import onnx
 import pytest
@@ -25,6 +27,7 @@ from optpipe.build.generate import Engine
 from optpipe.build.nvidia import Package
 from optpipe.build.tensorrt import TensorRT, about, check_files
 from optpipe.build.twin import exact_checkpoint, exact_graph
+from optpipe.build.validity import malformed, unfit
 from optpipe.cache.static import KvCache
 from optpipe.calibrate import Calib
 from optpipe.checkpoint import Checkpoint, copy_side_files
@@ -75,6 +78,8 @@ def test_the_yaml_shows_every_field_with_its_default():
     ({"max_prompt": 0}, "max_prompt must be at least 1"),
     ({"typical_prompt": -1}, "typical_prompt must be at least 1, got -1"),
     ({"workspace_mb": 0}, "workspace_mb must be at least 1"),
+    ({"streaming_mb": 100}, "streaming_mb needs flag 'weight_streaming'"),
+    ({"streaming_mb": 0, "flags": ["weight_streaming"]}, "streaming_mb must be at least 1"),
 ])  # fmt: skip
 def test_bad_fields_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
@@ -103,15 +108,117 @@ def test_layers_that_it_has_are_not():
 def test_tensorrt_builds_for_the_gpu_it_times_on():
     assert FULL.refuse_target("sm90") is None and FULL.refuse_target("current") is None
     assert "tensorrt 11.4.0 cannot build for sm89 here, only for sm90" in FULL.refuse_target("sm89")
-    assert [FULL.refuse_flag(flag) for flag in nvidia.FLAGS] == [None] * 3
+    assert [FULL.refuse_flag(flag) for flag in nvidia.FLAGS] == [None] * 4
 
 
 def test_what_tensorrt_for_rtx_cannot_do_has_a_reason():
     assert "lean runtime" in RTX.refuse_flag("version_compatible")
     assert "asks for a GPU" in RTX.refuse_flag("refit")
+    assert "leave flag 'ampere_plus' out" in RTX.refuse_flag("ampere_plus")
     assert RTX.refuse_flag("weight_streaming") is None
-    with pytest.raises(InputError, match="no timing_cache"):
-        TensorRT(timing_cache="timings")._check(RTX)
+    assert "no timing_cache" in TensorRT(timing_cache="timings")._refuse(RTX)
+
+
+@pytest.fixture
+def packages(monkeypatch):
+    """packages(gpu) -> both are installed on a machine with this GPU, or None."""
+
+    def install(gpu):
+        rtx = SimpleNamespace(
+            __version__="1.7.1", ComputeCapability=SimpleNamespace(__members__=["SM89", "SM120"])
+        )
+        found = {"tensorrt": fake_builder, "tensorrt_rtx": rtx}
+        monkeypatch.setattr(nvidia, "find_spec", lambda name: name)
+        monkeypatch.setattr(nvidia, "import_module", found.get)
+        monkeypatch.setattr(nvidia, "gpu_target", lambda: gpu)
+        monkeypatch.setattr(fake_builder, "configs", [])
+
+    return install
+
+
+@pytest.mark.parametrize("gpu, fields, package", [
+    ("sm90", {}, "tensorrt"),
+    ("sm90", {"target": "current"}, "tensorrt"),
+    ("sm90", {"target": "sm90"}, "tensorrt"),
+    ("sm90", {"target": "sm89"}, "tensorrt_rtx"),
+    ("sm90", {"flags": ["version_compatible"]}, "tensorrt"),
+    (None, {}, "tensorrt_rtx"),
+])  # fmt: skip
+def test_the_package_that_can_is_chosen(gpu, fields, package, packages):
+    packages(gpu)
+    found, why = TensorRT(**fields)._package()
+    assert found.name == package and why is None
+
+
+@pytest.mark.parametrize("gpu, fields, message", [
+    (None, {"target": "sm90"}, r"tensorrt 11\.4.* GPU only; tensorrt_rtx 1\.7\.1 cannot "
+     "build for sm90 here, only for sm89, sm120; tensorrt builds for the sm90 it runs on$"),
+    ("sm80", {"target": "sm90"}, r"tensorrt 11\.4.* for sm90 here, only for sm80; tensorrt_rtx"),
+    (None, {"target": "current"}, "only; target 'current' needs an NVIDIA GPU, and there is none$"),
+    (None, {"flags": ["ampere_plus"]}, "only; tensorrt_rtx builds for sm80.* leave flag"),
+    ("sm90", {"target": "sm89", "timing_cache": "t"}, "only for sm90; .* no timing_cache$"),
+    ("sm90", {"package": "tensorrt", "target": "sm89"}, "cannot build for sm89 here, only"),
+])  # fmt: skip
+def test_what_no_package_can_build_has_the_reason_of_each(gpu, fields, message, packages):
+    packages(gpu)
+    with pytest.raises(InputError, match=message):
+        TensorRT(**fields)._package()
+
+
+@pytest.mark.parametrize("gpu, fields, refused", [
+    ("sm80", {}, "sm80"), ("sm80", {"target": "current"}, "sm80"), ("sm87", {}, "sm87"),
+    ("sm90", {}, None), ("sm90", {"flags": ["ampere_plus"]}, "sm80"),
+    ("sm90", {"target": "sm89"}, None), (None, {}, None),
+])  # fmt: skip
+def test_layers_are_held_against_the_gpu_that_is_here(gpu, fields, refused, packages):
+    packages(gpu)
+    layers = {"fp8": Form(rows=4, cols=4, bits=8, number="fp8")}
+    if refused is None:
+        assert TensorRT(**fields).plan(layers) == layers
+        return
+    with pytest.raises(ValueError, match=f"'fp8' has fp8 weights.* sm89, not {refused}"):
+        TensorRT(**fields).plan(layers)
+
+
+def test_what_tensorrt_is_asked_for_on_a_gpu(packages, graph, run, tiny, tmp_path):
+    """Options that TensorRT for RTX has not, and what is written once there is a GPU."""
+    packages("sm90")
+    cache = tmp_path / "timings"
+    cache.write_bytes(b"known;")
+    flags = ["weight_streaming", "refit", "version_compatible", "ampere_plus"]
+    stage = TensorRT(flags=flags, streaming_mb=7, workspace_mb=64, timing_cache=str(cache))
+    made = run(stage, graph(run(Magnitude(pattern="2:4"), tiny())))
+    (config,) = fake_builder.configs
+    assert config.flags == {"WEIGHT_STREAMING", "REFIT", "VERSION_COMPATIBLE", "SPARSE_WEIGHTS"}
+    assert config.hardware_compatibility_level == "ampere+"
+    assert config.pools == {"workspace": 64_000_000}
+    assert config.profiling_verbosity == "detailed"
+    assert config.cache.known == b"known;" and cache.read_bytes() == b"known;timed;"
+    assert [shapes["input_ids"] for shapes in config.profiles] == [
+        ((1, 1), (1, 64), (16, 64)), ((1, 1), (1, 1), (16, 1))
+    ]  # fmt: skip
+    told = about(made.path)
+    assert told["target"] == "sm80 and later" and told["streaming_mb"] == 7
+    assert told["flags"] == [*flags, "sparse_weights"] and told["gpu"] == "sm90"
+    assert json.loads((made.path / tensorrt.INSPECTED).read_text()) == {"Layers": ["one"]}
+    assert tensorrt.INSPECTED in told["sha256"]
+    for gpu, why in (("sm80", None), ("sm120", None), ("sm75", "is for sm80 and later")):
+        found = unfit(fake_builder, made.path / tensorrt.PLAN, told, gpu)
+        assert found is why or why in found
+
+
+def test_a_plan_of_tensorrt_is_for_its_gpu(packages, graph, run):
+    packages("sm90")
+    told = about(run(TensorRT(), graph()).path)
+    assert told["target"] == "sm90" and told["flags"] == []
+    assert "for sm90, the GPU here is sm89" in unfit(fake_builder, Path("p"), told, "sm89")
+
+
+def test_what_the_builder_says_is_in_the_error(packages, graph, run, monkeypatch):
+    packages("sm90")
+    monkeypatch.setattr(fake_builder.Builder, "refuses", "no kernel for this")
+    with pytest.raises(RuntimeError, match="TensorRT built nothing: no kernel for this"):
+        run(TensorRT(), graph())
 
 
 def test_without_a_package_the_message_says_what_to_install(no_package):
@@ -192,15 +299,22 @@ def test_codes_of_a_2_4_weight_are_2_4(graph, run, tiny):
 
 
 def test_a_prompt_beyond_the_cache_is_refused(graph, tiny, run):
-    with pytest.raises(InputError, match="max_prompt 129 exceeds the context of 128"):
-        TensorRT(max_prompt=129).inputs(Checkpoint(tiny()))
+    with pytest.raises(InputError, match=r"max_prompt 129 exceeds export.capacity 128"):
+        TensorRT(max_prompt=129).follow([Onnx()], Checkpoint(tiny()))
+    with pytest.raises(InputError, match=r"max_prompt 65 exceeds export.capacity 64"):
+        TensorRT(max_prompt=65).follow([Onnx(capacity=64)], Checkpoint(tiny()))
+    TensorRT(max_prompt=64).follow([Onnx(capacity=64)], Checkpoint(tiny()))
     with pytest.raises(InputError, match=r"max_prompt 65 exceeds export.capacity 64"):
         run(TensorRT(max_prompt=65), graph())
 
 
 def test_a_quantized_cache_is_refused(graph, run, tiny):
+    quantized = run(KvCache(calib=CALIB), tiny())
     with pytest.raises(InputError, match="caches of floats only"):
-        run(TensorRT(), graph(run(KvCache(calib=CALIB), tiny())))
+        run(TensorRT(), graph(quantized))
+    for earlier, source in (([KvCache(), Onnx()], tiny()), ([Onnx()], quantized.path)):
+        with pytest.raises(InputError, match="caches of floats only"):
+            TensorRT().follow(earlier, Checkpoint(source))
 
 
 FAMILIES = ("llama", "qwen3", "phi3", "gemma2", "gpt2")
@@ -322,7 +436,7 @@ def assert_whole(made, rtx):
     """A plan that TensorRT recognizes, and a sidecar that says all of it."""
     check_files(made.path)
     blob, told = (made.path / tensorrt.PLAN).read_bytes(), about(made.path)
-    assert not plan.malformed(rtx, blob) and plan.malformed(rtx, blob[4:])
+    assert not malformed(rtx, blob) and malformed(rtx, blob[4:])
     assert told["package"] == "tensorrt_rtx" and told["version"] == rtx.__version__
     assert set(told["sha256"]) == {f.name for f in made.path.iterdir()} - {tensorrt.SIDECAR}
     graph = onnx.load(made.path / "model.onnx", load_external_data=False).graph

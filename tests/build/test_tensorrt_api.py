@@ -22,7 +22,8 @@ HERE, PACKAGE = Path(__file__).parent, Path(optpipe.__file__).parent
 API = json.loads((HERE / "tensorrt_api.json").read_text())
 RTX = "tensorrt_rtx 1.7"
 FILES = [PACKAGE / "build" / "nvidia.py", PACKAGE / "build" / "causal.py",
-         PACKAGE / "build" / "plan.py", PACKAGE / "bench" / "tensorrt.py"]  # fmt: skip
+         PACKAGE / "build" / "plan.py", PACKAGE / "build" / "validity.py",
+         PACKAGE / "bench" / "tensorrt.py"]  # fmt: skip
 PARAMETERS = {"module": "module", "network_tensor": "ITensor", "error": "ParserError",
               "network": "INetworkDefinition", "parser": "OnnxParser",
               "boundary": "IAttentionBoundaryLayer", "_attention()": "IAttention"}  # fmt: skip
@@ -168,7 +169,8 @@ def test_the_source_is_read():
                 "EngineInspector.get_engine_information", "ParserError.desc",
                 "ICudaEngine.create_execution_context", "IRuntimeConfig.cuda_graph_strategy",
                 "IExecutionContext.set_tensor_address", "Runtime.get_engine_validity",
-                "IAttention.key_value_lengths", "CausalMaskKind.LOWER_RIGHT",
+                "IAttention.key_value_lengths", "ICudaEngine.weight_streaming_budget_v2",
+                "IBuilderConfig.hardware_compatibility_level", "CausalMaskKind.LOWER_RIGHT",
                 "IAttentionBoundaryLayer.attention", "LayerType.ATTENTION_INPUT",
                 "OnnxParser.get_layer_output_tensor", "INetworkDefinition.get_layer"}  # fmt: skip
     assert expected <= found and len(found) > 50
@@ -218,8 +220,9 @@ def test_what_is_for_rtx_alone_is_not_elsewhere(name):
 def test_flags_and_overridden_methods_exist(version):
     """Looked up by a name that is made, or called by TensorRT: the source does not show them."""
     classes = API[version]["classes"]
-    flags = {flag.upper() for flag in (*nvidia.FLAGS, "sparse_weights")}
+    flags = {flag.upper() for flag in (*nvidia.FLAGS, "sparse_weights")} - {"AMPERE_PLUS"}
     assert flags <= classes["BuilderFlag"].keys()
+    assert "AMPERE_PLUS" in classes["HardwareCompatibilityLevel"]
     assert {name.upper() for name in DTYPES} <= classes["DataType"].keys()
     for name, method, arguments in (
         ("ILogger", "log", 2),
