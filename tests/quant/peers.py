@@ -64,12 +64,12 @@ def ours(*stages):
 
 def modelopt(preset):
     """As modelopt itself computes it."""
-    from optpipe.quant.modelopt import Modelopt, imported
+    from optpipe.quant.presets import PRESETS, imported
 
-    stage, lm = Modelopt(preset=preset), dense()
-    ids_ST = stage.calib.ids(Checkpoint(DEMO))
+    lm, ids_ST = dense(), Calib().ids(Checkpoint(DEMO))
     with imported() as mtq:
-        mtq.quantize(lm, stage.config(mtq), lambda lm: [lm(ids[None]) for ids in ids_ST])
+        config = PRESETS[preset].settings(mtq, 128)
+        mtq.quantize(lm, config, lambda lm: [lm(ids[None]) for ids in ids_ST])
     return perplexity(lm)
 
 
