@@ -14,15 +14,13 @@ from optpipe.checkpoint import Checkpoint
 from optpipe.family import HEAD
 from optpipe.linear import PER_CHANNEL, Form, Layers
 from optpipe.quant.grid import GROUP_SIZES
-from optpipe.quant.presets import PRESETS, Rounding, check_foldable
+from optpipe.quant.presets import PRESETS, Rounding, check_preset
 from optpipe.stage import Progress, Stage
 
 REFUSED = {
-    "nvfp4": "modelopt calibrates it on CUDA only, and no form here holds its blocks of 16",
-    "mxfp4": "modelopt calibrates it on CUDA only, and no form here holds its blocks of 32",
-    "mxfp8": "modelopt calibrates it on CUDA only, and no form here holds its blocks of 32",
-    "auto_quantize": "it settles the number format of each layer as it runs, which a plan cannot "
-    "say; quant=mixed settles bits under a budget",
+    "mxfp4": "no form here holds its codes of 4 bits in blocks of 32",
+    "mxfp8": "it calibrates nothing; use quant=mxfp8",
+    "auto_quantize": "use quant=auto_quantize",
 }
 
 
@@ -33,9 +31,10 @@ class Modelopt(Stage):
     rewrites: ClassVar[bool] = True
 
     preset: str = "fp8"
-    """'int4_rtn', 'int4_awq' (weights), 'w4a8', 'int8_smoothquant', 'fp8' (weights and inputs)."""
+    """'int4_rtn', 'int4_awq' (weights), 'w4a8', 'int8_smoothquant', 'fp8', 'nvfp4', 'nvfp4_awq'
+    (weights and inputs). 'nvfp4_awq' needs CUDA."""
     group_size: int = 128
-    """Of 4 bits: inputs that share a scale, 16, 32, 64, 128 or 256."""
+    """Of int4 and w4a8: inputs that share a scale, 16, 32, 64, 128 or 256."""
     calib: Calib = field(default_factory=Calib)
     """Also of int4_rtn, which makes nothing of it."""
 
@@ -55,7 +54,7 @@ class Modelopt(Stage):
         return PRESETS[self.preset].form(name, form, self.group_size)
 
     def inputs(self, model: Checkpoint) -> str:
-        check_foldable(model, self.preset)
+        check_preset(model, self.preset)
         return self.calib.inputs(model)
 
     def run(self, source: Artifact, out: Path, progress: Progress) -> Stats:

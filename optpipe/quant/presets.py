@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from optpipe import model
+from optpipe import microscaling, model
 from optpipe.blockwise import block_tensors, write_ends
 from optpipe.checkpoint import Checkpoint, Writer
 from optpipe.device import fastest
@@ -34,6 +34,7 @@ from optpipe.flow import advance, call, start
 from optpipe.fold import Fold, divide, folds, shared
 from optpipe.kvcache import check_unrounded
 from optpipe.linear import (
+    BLOCKS,
     LARGEST,
     PER_CHANNEL,
     PER_TENSOR,
@@ -43,8 +44,8 @@ from optpipe.linear import (
     Quantized,
     mask_of,
 )
-from optpipe.microscaling import FP8
-from optpipe.quant.grid import GROUP_SIZES
+from optpipe.microscaling import to_fp8
+from optpipe.quant.grid import FIXED, check_groups, fit
 from optpipe.quant.inputs import input_scale
 from optpipe.quant.joined import joined
 from optpipe.stage import Progress
@@ -58,17 +59,17 @@ class Preset:
     fields: dict[str, Any]
     grouped: bool = False
     scales_inputs: bool = False
+    cuda: bool = False
+    """Whether modelopt calibrates it on a GPU only."""
 
     def form(self, name: str, form: Form, group_size: int) -> Form:
         """What a layer becomes. Raises ValueError if groups do not divide its inputs."""
-        if not self.grouped:
-            return replace(form, **self.fields)
-        if form.cols % group_size:
-            raise ValueError(
-                f"group_size={group_size} does not divide the {form.cols} inputs of layer "
-                f"'{name}'; allowed are {[g for g in GROUP_SIZES[1:] if form.cols % g == 0]}"
-            )
-        return replace(form, **self.fields, group_size=group_size)
+        made = replace(form, **self.fields)
+        if self.grouped:
+            made = replace(made, group_size=group_size)
+        if made.group_size > 0:
+            check_groups(name, form, made.group_size, fixed=not self.grouped)
+        return made
 
     def settings(self, mtq: Any, group_size: int) -> dict[str, Any]:
         """The config, with these groups."""
@@ -81,6 +82,7 @@ class Preset:
         return config
 
 
+NVFP4 = {"number": "nvfp4", **FIXED["nvfp4"], "inputs": "nvfp4_block"}
 PRESETS = {
     "int4_rtn": Preset("INT4_BLOCKWISE_WEIGHT_ONLY_CFG", {"bits": 4}, grouped=True),
     "int4_awq": Preset("INT4_AWQ_CFG", {"bits": 4}, grouped=True, scales_inputs=True),
@@ -99,20 +101,24 @@ PRESETS = {
         "FP8_DEFAULT_CFG",
         {"bits": 8, "number": "fp8", "group_size": PER_TENSOR, "inputs": "fp8_tensor"},
     ),
+    "nvfp4": Preset("NVFP4_DEFAULT_CFG", NVFP4),
+    "nvfp4_awq": Preset("NVFP4_AWQ_LITE_CFG", NVFP4, scales_inputs=True, cuda=True),
 }
 """modelopt rounds the weights of w4a8 once more, to fp8; the kernels that take such weights do not,
 and neither do we."""
 
 
-def check_foldable(checkpoint: Checkpoint, preset: str) -> None:
-    """Raise InputError if the preset divides inputs that nothing could be folded into."""
-    if not PRESETS[preset].scales_inputs:
-        return
-    if not checkpoint.decoder.gated:
+def check_preset(checkpoint: Checkpoint, name: str) -> None:
+    """Raise InputError if there is no GPU for a preset that needs one, or if it divides inputs that
+    nothing could be folded into."""
+    preset, decoder = PRESETS[name], checkpoint.decoder
+    if preset.cuda and not torch.cuda.is_available():
+        raise InputError(f"preset '{name}': modelopt calibrates it on CUDA only, and there is none")
+    if preset.scales_inputs and not decoder.gated:
         raise InputError(
-            f"preset '{preset}' divides the inputs of every layer, but those of "
-            f"{checkpoint.decoder.blocks[0].mlp_out} come from a nonlinear activation, into which "
-            "nothing can be folded; use quant=awq or transform=smoothquant"
+            f"preset '{name}' divides the inputs of every layer, but those of "
+            f"{decoder.blocks[0].mlp_out} come from a nonlinear activation, into which nothing can "
+            "be folded; use quant=awq or transform=smoothquant"
         )
 
 
@@ -247,7 +253,26 @@ def observed(layer: Any) -> Inputs:
 
 def rounded(layer: nn.Module, inputs: Inputs, form: Form, divisor_C: Tensor | None) -> Quantized:
     """The layer in our form; each scale spans its largest weight, as modelopt's do."""
-    assert isinstance(layer, nn.Linear) and form.bits is not None
+    assert isinstance(layer, nn.Linear)
+    quantized = coded(layer, form)
+    if form.inputs is not None:
+        assert inputs.largest_C is not None
+        largest_C = inputs.largest_C.to(layer.weight.device)
+        reach = (largest_C if divisor_C is None else largest_C / divisor_C).max()
+        number = form.inputs.partition("_")[0]
+        if number == "nvfp4":
+            quantized.input_scale = microscaling.global_scale(reach)
+        else:
+            quantized.input_scale = input_scale(float(reach), LARGEST[number])
+    return quantized
+
+
+def coded(layer: nn.Linear, form: Form) -> Quantized:
+    """Codes by scales as modelopt has them, in float32; integers and fp8 store these in float16."""
+    if form.number in BLOCKS:
+        grid = fit(layer.weight, form)
+        return grid.module(grid.encode(layer.weight), layer)
+    assert form.bits is not None
     top = LARGEST["fp8"] if form.number == "fp8" else 2 ** (form.bits - 1) - 1
     shape = (1, 1) if form.group_size == PER_TENSOR else (form.rows, form.groups)
     groups = layer.weight.reshape(*shape, -1)
@@ -255,15 +280,9 @@ def rounded(layer: nn.Module, inputs: Inputs, form: Form, divisor_C: Tensor | No
     scales = torch.where(largest == 0, 1.0, largest / top)
     steps = (groups / scales.unsqueeze(-1)).reshape(form.rows, form.cols)
     if form.number == "fp8":
-        codes = steps.to(FP8).view(torch.uint8)
+        codes = to_fp8(steps).view(torch.uint8)
     else:
         codes = steps.round().clamp(-top - 1, top) + top + 1
     quantized = Quantized(form, codes, scales)
     quantized.mask, quantized.bias = mask_of(layer), layer.bias
-    if form.inputs is not None:
-        assert inputs.largest_C is not None
-        largest_C = inputs.largest_C.to(layer.weight.device)
-        reach = largest_C if divisor_C is None else largest_C / divisor_C
-        number = form.inputs.partition("_")[0]
-        quantized.input_scale = input_scale(float(reach.max()), LARGEST[number])
     return quantized
