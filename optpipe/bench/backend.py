@@ -59,6 +59,16 @@ class Backend(ABC):
     def decode(self, tokens_B: Ids) -> Logits:
         """Feed one token to each row; logits (B, V) of the position after it."""
 
+    def first_tokens(self, ids_BS: Ids, lengths_B: Ids) -> Ids:
+        """The greedy token after each prompt, (B); chosen on a GPU, so that few bytes move."""
+        tokens_B: Ids = self.prefill(ids_BS, lengths_B).argmax(-1)
+        return tokens_B
+
+    def next_tokens(self, tokens_B: Ids) -> Ids:
+        """Feed one token to each row; the greedy tokens after them, (B)."""
+        next_B: Ids = self.decode(tokens_B).argmax(-1)
+        return next_B
+
     @abstractmethod
     def extend(self, ids_BS: Ids) -> Logits:
         """Feed S tokens to each row on top of the filled cache; logits (B, S, V) of all of them."""

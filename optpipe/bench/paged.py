@@ -55,16 +55,22 @@ class Paged(Backend):
     def _log_probs(self, row: list[int]) -> Logits:
         """(S, V) after each token of one sequence."""
 
-    def prefill(self, ids_BS: Ids, lengths_B: Ids) -> Logits:
+    def first_tokens(self, ids_BS: Ids, lengths_B: Ids) -> Ids:
         self._rows = [row[:length].tolist() for row, length in zip(ids_BS, lengths_B, strict=True)]
-        return self._tell(self._begin(self._rows))
+        return self._chosen(self._begin(self._rows))
 
-    def decode(self, tokens_B: Ids) -> Logits:
+    def next_tokens(self, tokens_B: Ids) -> Ids:
         chosen = tokens_B.tolist()
         follows = self._told == chosen
         self._rows = [[*row, token] for row, token in zip(self._rows, chosen, strict=True)]
         # a token that the engine did not choose itself is a prompt to it
-        return self._tell(self._next() if follows else self._begin(self._rows))
+        return self._chosen(self._next() if follows else self._begin(self._rows))
+
+    def prefill(self, ids_BS: Ids, lengths_B: Ids) -> Logits:
+        return self._one_hot(self.first_tokens(ids_BS, lengths_B))
+
+    def decode(self, tokens_B: Ids) -> Logits:
+        return self._one_hot(self.next_tokens(tokens_B))
 
     def extend(self, ids_BS: Ids) -> Logits:
         self._told = None
@@ -82,10 +88,13 @@ class Paged(Backend):
     def peak_bytes(self) -> int:
         return torch.cuda.max_memory_allocated()
 
-    def _tell(self, tokens: list[int]) -> Logits:
+    def _chosen(self, tokens: list[int]) -> Ids:
         self._told = tokens
-        logits_BV = np.zeros((len(tokens), self.vocab), dtype=np.float32)
-        logits_BV[np.arange(len(tokens)), tokens] = 1
+        return np.array(tokens, dtype=np.int64)
+
+    def _one_hot(self, tokens_B: Ids) -> Logits:
+        logits_BV = np.zeros((len(tokens_B), self.vocab), dtype=np.float32)
+        logits_BV[np.arange(len(tokens_B)), tokens_B] = 1
         return logits_BV
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from optpipe.artifact import Artifact
@@ -38,6 +39,7 @@ ALIGN = 32
 """TensorRT wants addresses at multiples of 256 bytes: of so many int64."""
 PREFILL, DECODE = 0, 1
 """Profiles."""
+Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -96,12 +98,8 @@ class TensorRT(Backend):
             return f"no plan was built: {settings['not_built']}"
         name, version, gpu = settings["package"], settings["version"], gpu_target()
         if gpu is None or find_spec(name) is None:
-            there = f"the plan is for {settings['target']}"
-            return (
-                f"there is no NVIDIA GPU here; {there}"
-                if gpu is None
-                else f"package '{name}' is not installed"
-            )
+            none = f"there is no NVIDIA GPU here; the plan is for {settings['target']}"
+            return none if gpu is None else f"package '{name}' is not installed"
         try:
             trt = import_module(name)
         except (ImportError, OSError) as error:  # a library it needs is missing
@@ -111,20 +109,17 @@ class TensorRT(Backend):
         return unfit(trt, artifact.path / PLAN, settings, gpu)
 
     def prefill(self, ids_BS: Ids, lengths_B: Ids) -> Logits:
-        self._reset(len(ids_BS))
-        wanted_BV: Logits = np.zeros((len(ids_BS), self.vocab), np.float32)
-        for start in range(0, ids_BS.shape[1], self._max_prompt):
-            part_BS = ids_BS[:, start : start + self._max_prompt]
-            last_B = lengths_B - 1 - start
-            here_B = (last_B >= 0) & (last_B < part_BS.shape[1])
-            at_B1 = np.where(here_B, last_B, 0)[:, None]
-            logits_B1V = self._feed(part_BS, at_B1, more=start > 0)
-            wanted_BV[here_B] = logits_B1V[here_B, 0]
-        self._depth_B = lengths_B.astype(np.int64)  # padding is overwritten before it is seen
-        return wanted_BV
+        wanted_BV = np.zeros((len(ids_BS), self.vocab), np.float32)
+        return self._prompted(ids_BS, lengths_B, wanted_BV, self._to_host)
+
+    def first_tokens(self, ids_BS: Ids, lengths_B: Ids) -> Ids:
+        return self._prompted(ids_BS, lengths_B, np.zeros(len(ids_BS), np.int64), self._greedy)
 
     def decode(self, tokens_B: Ids) -> Logits:
-        return self._decode(tokens_B)
+        return self._to_host(self._decode(tokens_B))[:, 0]
+
+    def next_tokens(self, tokens_B: Ids) -> Ids:
+        return self._greedy(self._decode(tokens_B))[:, 0]
 
     def extend(self, ids_BS: Ids) -> Logits:
         size = min(LOGITS, self._max_prompt)
@@ -132,7 +127,7 @@ class TensorRT(Backend):
         for start in range(0, ids_BS.shape[1], size):
             part_BS = ids_BS[:, start : start + size]
             at_BL = np.tile(np.arange(part_BS.shape[1]), (len(part_BS), 1))
-            parts.append(self._feed(part_BS, at_BL, more=start > 0))
+            parts.append(self._to_host(self._feed(part_BS, at_BL, more=start > 0)))
         return np.concatenate(parts, 1)
 
     def score(self, ids_BS: Ids) -> Logits:
@@ -159,9 +154,8 @@ class TensorRT(Backend):
 
     def _reset(self, rows: int) -> None:
         if rows > self._max_batch:
-            raise ValueError(
-                f"{rows} rows exceed the engine's build.max_batch of {self._max_batch}"
-            )
+            most = f"the engine's build.max_batch of {self._max_batch}"
+            raise ValueError(f"{rows} rows exceed {most}")
         self._depth_B = np.zeros(rows, np.int64)
 
     def _check(self, rows: int, tokens: int) -> None:
@@ -205,12 +199,26 @@ class TensorRT(Backend):
                 context.set_tensor_address(bound, address)
         return context
 
-    def _feed(self, ids_BS: Ids, logits_at_BL: Ids, more: bool) -> Logits:
+    def _prompted(
+        self, ids_BS: Ids, lengths_B: Ids, found: Array, read: Callable[[Tensor], Array]
+    ) -> Array:
+        """Feed prompts in parts; ``found`` (B, ..) gets what is read at the end of each row."""
+        self._reset(len(ids_BS))
+        for start in range(0, ids_BS.shape[1], self._max_prompt):
+            part_BS = ids_BS[:, start : start + self._max_prompt]
+            last_B = lengths_B - 1 - start
+            here_B = (last_B >= 0) & (last_B < part_BS.shape[1])
+            at_B1 = np.where(here_B, last_B, 0)[:, None]
+            found[here_B] = read(self._feed(part_BS, at_B1, more=start > 0))[here_B, 0]
+        self._depth_B = lengths_B.astype(np.int64)  # padding is overwritten before it is seen
+        return found
+
+    def _feed(self, ids_BS: Ids, logits_at_BL: Ids, more: bool) -> Tensor:
         """Feed tokens on top of the cache; logits (B, L, V) at the wanted positions."""
         rows, tokens = ids_BS.shape
         self._check(rows, tokens)
         if tokens == 1:
-            return self._decode(ids_BS[:, 0], more)[:, None]
+            return self._decode(ids_BS[:, 0], more)
         values = {
             "input_ids": ids_BS,
             "position_ids": self._depth_B[:, None] + np.arange(tokens),
@@ -228,13 +236,13 @@ class TensorRT(Backend):
         with self._gpu.timed(more):
             self._enqueue(self._prefill)
         self._depth_B = self._depth_B + tokens
-        return self._to_host(logits_BLV)
+        return logits_BLV
 
-    def _decode(self, tokens_B: Ids, more: bool = False) -> Logits:
+    def _decode(self, tokens_B: Ids, more: bool = False) -> Tensor:
+        """Logits (B, 1, V), until the next step of as many rows."""
         self._check(len(tokens_B), 1)
         rows = len(tokens_B)
-        values = {"input_ids": tokens_B, "position_ids": self._depth_B}
-        values["write_indices"] = self._depth_B
+        values = {"input_ids": tokens_B, **dict.fromkeys(NUMBERS[1:3], self._depth_B)}
         for row, name in enumerate(self._numbers):
             self._staged[row, :rows] = torch.from_numpy(values.get(name, np.zeros_like(tokens_B)))
         with self._gpu.work():
@@ -245,7 +253,7 @@ class TensorRT(Backend):
         with self._gpu.timed(more):
             step.replay()
         self._depth_B = self._depth_B + 1
-        return self._to_host(step.logits_B1V)[:, 0]
+        return step.logits_B1V
 
     def _prepare(self, rows: int) -> Decode:
         """The step of one token for so many rows; also runs it, which changes nothing.
@@ -282,6 +290,10 @@ class TensorRT(Backend):
     def _enqueue(self, context: Any) -> None:
         if not context.execute_async_v3(self._gpu.handle):
             raise RuntimeError(f"TensorRT cannot run: {self._logger.said()}")
+
+    def _greedy(self, logits_BLV: Tensor) -> Ids:
+        with self._gpu.work():
+            return logits_BLV.argmax(-1).cpu().numpy()
 
     def _to_host(self, logits_BLV: Tensor) -> Logits:
         with self._gpu.work():  # float32 only on the host: half as much to copy

@@ -72,35 +72,38 @@ class Torch(Backend):
 
     @torch.inference_mode()
     def prefill(self, ids_BS: Ids, lengths_B: Ids) -> Logits:
-        pad_B = ids_BS.shape[1] - lengths_B
-        if self.graphed:
-            self._steps.begin(pad_B, ids_BS.shape[1])
-        else:
-            self._cache = DynamicCache(config=self._lm.config)
-        self._pad_B = self._tensor(pad_B) if pad_B.any() else None
-        return self._run(_pad_left(ids_BS, pad_B), self._given(0, ids_BS.shape[1]), keep=1)[:, 0]
+        return _to_host(self._prefill(ids_BS, lengths_B))
 
     @torch.inference_mode()
     def decode(self, tokens_B: Ids) -> Logits:
-        if self.graphed:
-            return self._timed(self._steps.ready(tokens_B))[:, 0]
-        assert self._cache is not None
-        given = self._given(int(self._cache.get_seq_length()), 1)
-        return self._run(tokens_B[:, None], given, keep=1)[:, 0]
+        return _to_host(self._decode(tokens_B))
+
+    @torch.inference_mode()
+    def first_tokens(self, ids_BS: Ids, lengths_B: Ids) -> Ids:
+        if not self._gpu:
+            return super().first_tokens(ids_BS, lengths_B)
+        return self._prefill(ids_BS, lengths_B).argmax(-1).cpu().numpy()
+
+    @torch.inference_mode()
+    def next_tokens(self, tokens_B: Ids) -> Ids:
+        if not self._gpu:
+            return super().next_tokens(tokens_B)
+        return self._decode(tokens_B).argmax(-1).cpu().numpy()
 
     @torch.inference_mode()
     def extend(self, ids_BS: Ids) -> Logits:
         new = ids_BS.shape[1]
         if self.graphed:
-            return self._run(ids_BS, self._steps.more(new), keep=0)
+            return _to_host(self._run(ids_BS, self._steps.more(new), keep=0))
         assert self._cache is not None
-        return self._run(ids_BS, self._given(int(self._cache.get_seq_length()), new), keep=0)
+        given = self._given(int(self._cache.get_seq_length()), new)
+        return _to_host(self._run(ids_BS, given, keep=0))
 
     @torch.inference_mode()
     def score(self, ids_BS: Ids) -> Logits:
         self._cache = self._pad_B = None
         logits: Tensor = self._lm(input_ids=self._tensor(ids_BS), use_cache=False).logits
-        return logits.float().cpu().numpy()
+        return _to_host(logits)
 
     def close(self) -> None:
         del self._lm, self._steps
@@ -126,6 +129,24 @@ class Torch(Backend):
         self._events.clear()
         return found
 
+    def _prefill(self, ids_BS: Ids, lengths_B: Ids) -> Tensor:
+        """Logits (B, V) on the device."""
+        pad_B = ids_BS.shape[1] - lengths_B
+        if self.graphed:
+            self._steps.begin(pad_B, ids_BS.shape[1])
+        else:
+            self._cache = DynamicCache(config=self._lm.config)
+        self._pad_B = self._tensor(pad_B) if pad_B.any() else None
+        return self._run(_pad_left(ids_BS, pad_B), self._given(0, ids_BS.shape[1]), keep=1)[:, 0]
+
+    def _decode(self, tokens_B: Ids) -> Tensor:
+        """Logits (B, V) on the device."""
+        if self.graphed:
+            return self._timed(self._steps.ready(tokens_B))[:, 0]
+        assert self._cache is not None
+        given = self._given(int(self._cache.get_seq_length()), 1)
+        return self._run(tokens_B[:, None], given, keep=1)[:, 0]
+
     def _given(self, depth: int, new: int) -> dict[str, Any]:
         """Masks and positions of so many tokens at a depth, where padding makes them special."""
         if self._pad_B is None:
@@ -136,7 +157,7 @@ class Torch(Backend):
             "position_ids": (slots[depth:] - self._pad_B[:, None]).clamp(min=0),
         }
 
-    def _run(self, ids_BS: Ids, given: dict[str, Any], keep: int) -> Logits:
+    def _run(self, ids_BS: Ids, given: dict[str, Any], keep: int) -> Tensor:
         """Feed tokens on top of the cache; logits of the last ``keep`` of them (0: of all)."""
         cache = self._steps.cache if self.graphed else self._cache
         given = {**given, self._cache_argument: cache, "use_cache": True, "logits_to_keep": keep}
@@ -148,8 +169,8 @@ class Torch(Backend):
 
         return self._timed(forward)
 
-    def _timed(self, call: Callable[[], Tensor]) -> Logits:
-        """Between two events; logits on the host."""
+    def _timed(self, call: Callable[[], Tensor]) -> Tensor:
+        """What it returns; between two events on a GPU, which may still be at it."""
         if self.hold_s and self._gpu:
             torch.cuda._sleep(int(self.hold_s * CYCLES_PER_S))
         start = self._mark()
@@ -158,7 +179,7 @@ class Torch(Backend):
         if start is not None and end is not None:
             self._events.append((start, end))
             self.queued = bool(self.hold_s) and not start.query()
-        return logits.float().cpu().numpy()  # waits for the GPU, copies nothing on a CPU
+        return logits
 
     def _mark(self) -> torch.cuda.Event | None:
         """A time stamp in the queue of the GPU; None on a CPU."""
@@ -170,6 +191,11 @@ class Torch(Backend):
 
     def _tensor(self, array: Ids) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to("cuda" if self._gpu else "cpu")
+
+
+def _to_host(logits: Tensor) -> Logits:
+    """Waits for the GPU; copies nothing on a CPU."""
+    return logits.float().cpu().numpy()
 
 
 def _pad_left(ids_BS: Ids, pad_B: Ids) -> Ids:

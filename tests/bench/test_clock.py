@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from fakes import VOCAB
 
+from optpipe.bench.backend import Backend
 from optpipe.bench.timed.clock import ONE_TOKEN, generate, metrics
 
 
@@ -19,6 +20,8 @@ class Virtual:
 
 class Timed:
     """A backend whose prefill takes 50 ms and whose steps take 5, 6, 7 .. ms of virtual time."""
+
+    first_tokens, next_tokens = Backend.first_tokens, Backend.next_tokens
 
     def __init__(self, clock):
         self.clock, self.fed = clock, []
@@ -88,6 +91,7 @@ def test_the_harness_costs_less_than_twenty_microseconds_a_token():
 
     class Instant:
         logits = np.zeros((1, VOCAB), dtype=np.float32)
+        first_tokens, next_tokens = Backend.first_tokens, Backend.next_tokens
 
         def prefill(self, ids_BS, lengths_B):
             return self.logits

@@ -92,6 +92,11 @@ def test_the_demo_model_says_the_same_from_graphs(dtype):
     with open_backend(DEMO, dtype=dtype) as backend:
         for graphed in (False, True):
             backend.graphed = graphed
+            lengths_B = np.full(8, 100)
+            np.testing.assert_array_equal(
+                backend.first_tokens(ids_BS, lengths_B),
+                backend.prefill(ids_BS, lengths_B).argmax(-1),
+            )
             found[graphed] = Iterate(ids_BS=ids_BS, new_tokens=64)(backend).trace.tokens_NB
     same = float((found[True] == found[False]).all(0).mean())
     print(f"{dtype}: {same:.0%} of the answers are the same, token by token")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from fakes import VOCAB
 
+from optpipe.bench.backend import Backend
 from optpipe.bench.scenario import Cell, Objective, Scenario, Serving, hash_ids
 from optpipe.bench.serving import load
 from optpipe.bench.serving.feeds import Arrived, Ask, Closed, Open
@@ -33,6 +34,8 @@ class Virtual:
 
 class Timed:
     """Virtual time: a prefill and every step take what they are told."""
+
+    first_tokens, next_tokens = Backend.first_tokens, Backend.next_tokens
 
     def __init__(self, clock, prefill_ms, decode_ms=0.0):
         self.clock, self.prefill_ns = clock, round(prefill_ms * MS)

@@ -86,6 +86,15 @@ def test_it_computes_what_onnx_runtime_does(family, engine, ids):
     ours.close()
 
 
+def test_greedy_tokens_are_chosen_where_the_logits_are(engine, ids):
+    """Rows that end in different parts of the prompt; both ways to the same token."""
+    ours, _ = engine()
+    lengths = np.array([40, 11])
+    expected = ours.prefill(ids[:2, :40], lengths).argmax(-1), ours.decode(ids[:2, 0]).argmax(-1)
+    found = ours.first_tokens(ids[:2, :40], lengths), ours.next_tokens(ids[:2, 0])
+    np.testing.assert_array_equal(found, expected)
+
+
 def close(ours, theirs):
     """Parts of a prompt are other products than the whole: equal to rounding."""
     assert ours.dtype == np.float32 and ours.shape == theirs.shape

@@ -97,10 +97,10 @@ def _batch(
     for row, arrived in zip(ids_BS, batch, strict=True):
         row[: len(arrived.ask.ids_S)] = arrived.ask.ids_S
     steps = max(arrived.ask.new_tokens for arrived in batch)
-    tokens = [backend.prefill(ids_BS, lengths_B).argmax(-1)]
+    tokens = [backend.first_tokens(ids_BS, lengths_B)]
     stamps = [clock()]
     while len(stamps) < steps and stamps[-1] <= until_ns:
-        tokens.append(backend.decode(tokens[-1]).argmax(-1))
+        tokens.append(backend.next_tokens(tokens[-1]))
         stamps.append(clock())
     tokens_BN = np.stack(tokens, axis=1)
     for row, arrived in zip(tokens_BN, batch, strict=True):

@@ -51,10 +51,10 @@ def generate(
     """
     start = clock()
     lengths_B = np.full(len(ids_BS), ids_BS.shape[1], dtype=np.int64)
-    tokens = [backend.prefill(ids_BS, lengths_B).argmax(-1)]
+    tokens = [backend.first_tokens(ids_BS, lengths_B)]
     stamps = [clock()]
     while len(stamps) < new_tokens and (limit_ns is None or stamps[-1] - start <= limit_ns):
-        tokens.append(backend.decode(tokens[-1]).argmax(-1))
+        tokens.append(backend.next_tokens(tokens[-1]))
         stamps.append(clock())
     return Trace(start_ns=start, token_ns=tuple(stamps), tokens_NB=np.stack(tokens))
 
