@@ -1,12 +1,11 @@
-"""The demo model on its real backends, every token held back until its planted time."""
+"""The engine of the demo model, every token held back until its planted time."""
 
 import time
 
 from optpipe.bench.ort import Ort
-from optpipe.bench.torch import Torch
 
 
-class Planted:
+class Planted(Ort):
     """``stats['step_s']`` of its artifact is how long prefill and each further token take.
 
     The times are absolute, from the begin of prefill on: a sleep that ends late on a busy machine
@@ -31,13 +30,5 @@ class Planted:
         return logits
 
 
-class PlantedTorch(Planted, Torch):
-    pass
-
-
-class PlantedOrt(Planted, Ort):
-    pass
-
-
 def find(format):
-    return {"hf": PlantedTorch, "ort": PlantedOrt}[format]
+    return Planted
