@@ -128,6 +128,7 @@ def _work(cfg: DictConfig, out: Path) -> None:
     from optpipe.bench.scenario import check as check_scenarios
     from optpipe.bench.timed.measure import BenchConfig
     from optpipe.source import Source
+    from optpipe.stage import Limits
 
     with _inputs():
         config.check_choices(HydraConfig.get().runtime.choices)
@@ -142,7 +143,7 @@ def _work(cfg: DictConfig, out: Path) -> None:
         OmegaConf.save(cfg, out / "config.yaml", resolve=True)
         steps = pipeline.check(stages, source, store)
         decoder = source.checkpoint.decoder
-        check_scenarios(scenarios, decoder.context)
+        check_scenarios(scenarios, steps[-1].limits if steps else Limits(tokens=decoder.context))
         folder = source.checkpoint.path
         read_texts(scenarios, folder)
         quality.windows(folder, policy.quality, decoder.context, decoder.vocab, policy.seed)

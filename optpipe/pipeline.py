@@ -17,7 +17,7 @@ from optpipe.artifact import Artifact, code, fingerprint, publish
 from optpipe.errors import GateError, InputError, StageError, TimingError, one_line
 from optpipe.family import HEAD
 from optpipe.progress import clock, shown
-from optpipe.stage import Progress, Stage
+from optpipe.stage import Limits, Progress, Stage
 
 if TYPE_CHECKING:
     from optpipe.linear import Layers
@@ -40,6 +40,7 @@ class Step:
     """The form of every linear layer after this stage."""
     size_bytes: int
     """Upper estimate of what it writes."""
+    limits: Limits
 
     @property
     def done(self) -> bool:
@@ -68,7 +69,7 @@ def check(stages: Mapping[str, Stage], source: Source, store: Path) -> list[Step
     shapes = model.parameter_shapes(checkpoint).values()
     elements = sum(math.prod(shape) for shape in shapes)
     float_bits = round(8 * source.size_bytes / elements)
-    tied = decoder.tied
+    tied, limits = decoder.tied, Limits(tokens=decoder.context)
     rest = elements - _elements(_owned(layers, tied))
     steps: list[Step] = []
     for name, stage in stages.items():
@@ -77,6 +78,7 @@ def check(stages: Mapping[str, Stage], source: Source, store: Path) -> list[Step
                 order.check_lost(stage.plan(layers), layers, by.layers, by.name)
             stage.follow([step.stage for step in steps], checkpoint)
             layers, inputs = stage.plan(layers), stage.inputs(checkpoint)
+            limits = stage.limits(limits, checkpoint)
             if (config := stage.resize(checkpoint.config)) is not checkpoint.config:
                 checkpoint = checkpoint.planned(config)
                 layers = model.layers(checkpoint)
@@ -89,8 +91,9 @@ def check(stages: Mapping[str, Stage], source: Source, store: Path) -> list[Step
         path = store / f"{name}-{key}"
         size_bytes = int(bits / 8) + SIDE_BYTES
         steps.append(
-            Step(name=name, stage=stage, key=key, path=path, layers=layers, size_bytes=size_bytes)
-        )
+            Step(name=name, stage=stage, key=key, path=path, layers=layers, size_bytes=size_bytes,
+                 limits=limits)
+        )  # fmt: skip
     return steps
 
 

@@ -19,6 +19,18 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What an artifact takes at once, and which key says so."""
+
+    tokens: int
+    """Of a row, those of its prompt and of its answer."""
+    tokens_key: str = "the model's context"
+    rows: int | None = None
+    """Of a batch; None: as many as memory holds."""
+    rows_key: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stage(ABC):
     """Reads one artifact, writes another.
 
@@ -69,6 +81,10 @@ class Stage(ABC):
         before any work.
         """
         return None  # most can
+
+    def limits(self, limits: Limits, model: Checkpoint) -> Limits:
+        """What the new artifact takes at once, given what its source does; never more than that."""
+        return limits
 
     def output_bits(self, layers: Layers, rest: int, float_bits: int) -> float:
         """Upper estimate of the size of the new artifact's weights, bits.

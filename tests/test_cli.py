@@ -159,6 +159,17 @@ def test_a_mistake_is_one_line_and_exit_code_2(optpipe, tiny, argument, tmp_path
     assert not (tmp_path / "store").exists()
 
 
+def test_what_an_artifact_will_not_hold_is_refused_before_any_work(optpipe, tiny, tmp_path):
+    """The model holds 128 tokens, the graph that is made of it 32."""
+    arguments = ["model=hf", f"model.path={tiny()}", *SMALL, "stages=[export]"]
+    result = optpipe(*arguments, "export.capacity=32")
+    assert result.code == 2 and not (tmp_path / "store").exists()
+    assert (
+        "8 prompt tokens and 32 new ones do not fit in 32 tokens, export.capacity; set"
+        in (result.errors[0])
+    )
+
+
 def test_broken_models_are_refused(optpipe, tiny, tmp_path):
     import shutil
 

@@ -35,6 +35,8 @@ class Backend(ABC):
 
     capacity: int
     """Most tokens a row of the KV cache can hold."""
+    max_batch: int | None = None
+    """Most rows it takes at once; None: as many as memory holds."""
     vocab: int
     weight_bytes: int
     """Bytes of the weights as this runtime holds them in memory."""

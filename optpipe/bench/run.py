@@ -232,7 +232,7 @@ def _judge(outcome: Outcome, residents: Residents, progress: Progress) -> None:
     judged = quality.judge(fitting, baseline, outcome.windows, budget_s, progress, kept)
     if (cell := _audited(outcome)) is not None:
         vocab = min(told.vocab for told in loaded.values())
-        able = {name: w for name, w in fitting.items() if loaded[name].capacity >= cell.tokens}
+        able = {n: w for n, w in fitting.items() if not loaded[n].refuses(cell.batch, cell.tokens)}
         quality.expect(able, cell, vocab, prompt_seed(bench.seed, WARM), judged)
     for name, worker in fitting.items():
         judged.stops[name] = gate.stop_tokens(worker.arm.artifact.path)

@@ -17,6 +17,7 @@ from optpipe.bench.backend import Ids
 from optpipe.bench.serving.arrivals import Scale, read_trace
 from optpipe.bench.timed.clock import COMPARED
 from optpipe.errors import InputError
+from optpipe.stage import Limits
 
 ARRIVALS = ("poisson", "burst", "closed", "trace")
 STRIDE = 1_000_003
@@ -170,25 +171,37 @@ def cells(scenarios: Mapping[str, Scenario]) -> list[Cell]:
     ]
 
 
-def check(scenarios: Mapping[str, Scenario], context: int) -> None:
-    """Raise InputError unless every prompt and its new tokens fit in ``context`` tokens."""
+def check(scenarios: Mapping[str, Scenario], limits: Limits) -> None:
+    """Raise InputError unless every artifact can do all that is asked of it.
+
+    ``limits``: those of the last artifact of the run, which no other falls short of.
+    """
     for cell in cells(scenarios):
-        if cell.tokens > context:
-            left, key = context - cell.new_tokens, f"scenario.{cell.scenario}"
-            advice = (
-                f"'{key}.prompt_tokens=[{left}]' or fewer"
-                if left > 0
-                else f"'{key}.new_tokens={max(context - cell.prompt_tokens, 1)}' or fewer"
-                if cell.prompt_tokens < context
-                else f"'{key}.prompt_tokens=[{context // 2}]' and '{key}.new_tokens={context // 2}'"
-            )
+        if cell.tokens > limits.tokens:
             raise InputError(
                 f"scenario '{cell.scenario}': {cell.prompt_tokens} prompt tokens and "
-                f"{cell.new_tokens} new ones do not fit in {context} tokens; set {advice}"
+                f"{cell.new_tokens} new ones do not fit in {limits.tokens} tokens, "
+                f"{limits.tokens_key}; set {_fewer(cell, limits.tokens)}"
+            )
+        if limits.rows is not None and cell.batch > limits.rows:
+            key = f"scenario.{cell.scenario}.batch"
+            raise InputError(
+                f"scenario '{cell.scenario}': {cell.batch} rows at once, but {limits.rows_key} is "
+                f"{limits.rows}; set '{key}=[{limits.rows}]' or '{limits.rows_key}={cell.batch}'"
             )
     for name, scenario in scenarios.items():
         if scenario.serving is not None and scenario.serving.arrivals == "trace":
             _check_trace(name, scenario, scenario.serving)
+
+
+def _fewer(cell: Cell, most: int) -> str:
+    """The change of a scenario that makes a row fit in so many tokens."""
+    left, key = most - cell.new_tokens, f"scenario.{cell.scenario}"
+    if left > 0:
+        return f"'{key}.prompt_tokens=[{left}]' or fewer"
+    if cell.prompt_tokens < most:
+        return f"'{key}.new_tokens={max(most - cell.prompt_tokens, 1)}' or fewer"
+    return f"'{key}.prompt_tokens=[{most // 2}]' and '{key}.new_tokens={most // 2}'"
 
 
 def _check_trace(name: str, scenario: Scenario, serving: Serving) -> None:

@@ -73,6 +73,7 @@ class TensorRT(Backend):
             self._stream(engine, settings["streaming_mb"])
         self.capacity, self.device = settings["capacity"], self._gpu.name
         self._max_batch, self._max_prompt = settings["max_batch"], settings["max_prompt"]
+        self.max_batch = self._max_batch
         self._tensors = {entry["name"]: entry for entry in settings["tensors"]}
         logits = self._tensors["logits"]
         self.vocab, self._dtype = logits["shape"][-1], DTYPES[logits["dtype"]]

@@ -72,6 +72,7 @@ class Loaded:
     load_s: float
     """Time from the files to a backend that can run; the import of the runtime is not in it."""
     capacity: int
+    max_batch: int | None = None
     vocab: int
     weight_bytes: int
     dtype: str
@@ -79,6 +80,14 @@ class Loaded:
     decoding: str = Backend.decoding
     gpu: str | None = None
     """UUID of the GPU; None: it runs on the CPU."""
+
+    def refuses(self, batch: int, tokens: int) -> str | None:
+        """Why so many rows of so many tokens are too much for it; None: they are not."""
+        if tokens > self.capacity:
+            return f"{tokens} tokens do not fit in its KV cache of {self.capacity}"
+        if self.max_batch is not None and batch > self.max_batch:
+            return f"{batch} rows at once are more than the {self.max_batch} it was built for"
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,6 +267,7 @@ def _loaded(backend: Backend, load_s: float) -> Loaded:
     return Loaded(
         load_s=load_s,
         capacity=backend.capacity,
+        max_batch=backend.max_batch,
         vocab=backend.vocab,
         weight_bytes=backend.weight_bytes,
         dtype=backend.dtype,

@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,7 +28,7 @@ from optpipe.errors import GateError, InputError
 from optpipe.export.graph import DATA, MODEL, SESSION, read
 from optpipe.export.onnx import Onnx, graph_bits
 from optpipe.linear import Layers
-from optpipe.stage import Progress, Stage
+from optpipe.stage import Limits, Progress, Stage
 
 PLAN, SIDECAR, INSPECTED = "engine.plan", "engine.json", "layers.json"
 TYPICAL_PROMPT = 128
@@ -110,6 +110,9 @@ class TensorRT(Stage):
             return [why]
         _ = model.stop_tokens  # raises what is wrong with them
         return [package.name, package.version, package.gpu]
+
+    def limits(self, limits: Limits, model: Checkpoint) -> Limits:
+        return replace(limits, rows=self.max_batch, rows_key="build.max_batch")
 
     def output_bits(self, layers: Layers, rest: int, float_bits: int) -> float:
         return graph_bits(layers, rest, 32) + KERNEL_BITS  # the ONNX file is linked, not copied

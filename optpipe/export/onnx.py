@@ -21,7 +21,7 @@ overwritten before any later token sees it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -40,7 +40,7 @@ from optpipe.export.graph import Graph
 from optpipe.export.weights import Weights
 from optpipe.family import Block, Decoder
 from optpipe.linear import BLOCKS, Layers
-from optpipe.stage import Progress, Stage
+from optpipe.stage import Limits, Progress, Stage
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MAX_DEFAULT_CAPACITY = 4096
@@ -77,6 +77,9 @@ class Onnx(Stage):
 
     def inputs(self, model: Checkpoint) -> None:
         _check_rope(model, self.tokens(model))
+
+    def limits(self, limits: Limits, model: Checkpoint) -> Limits:
+        return replace(limits, tokens=self.tokens(model), tokens_key="export.capacity")
 
     def output_bits(self, layers: Layers, rest: int, float_bits: int) -> float:
         return graph_bits(layers, rest, DTYPES[self.dtype].itemsize * 8)

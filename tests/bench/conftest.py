@@ -59,6 +59,7 @@ class Local:
         return Loaded(
             load_s=1.5,
             capacity=backend.capacity,
+            max_batch=backend.max_batch,
             vocab=backend.vocab,
             weight_bytes=backend.weight_bytes,
             dtype=backend.dtype,

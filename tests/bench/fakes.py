@@ -20,6 +20,7 @@ class Fake(Backend):
     def __init__(self, artifact, threads, dtype):
         self.plan = artifact.stats
         self.capacity = self.plan.get("capacity", 64)
+        self.max_batch = self.plan.get("max_batch")
         self._rng, self._scored = np.random.default_rng(0), False
         if self.plan.get("fault") == "load":
             raise ValueError("no such tensor")
@@ -32,6 +33,8 @@ class Fake(Backend):
 
     def prefill(self, ids_BS, lengths_B):
         self._fail()
+        if self.max_batch and len(ids_BS) > self.max_batch:
+            raise FloatingPointError(f"{len(ids_BS)} rows")
         self._sleep("prefill_s")
         if ids_BS.shape[1] > 1:  # whole prompts only
             time.sleep(self.plan.pop("first_s", 0.0))  # as a JIT does

@@ -172,8 +172,20 @@ def test_an_arm_that_never_answers_is_ended_and_leaves_all_cells(local):
 def test_a_cell_that_does_not_fit_the_cache_of_an_arm_is_not_run_there(local):
     workers = {"base": local("base"), "small": local("small", capacity=10)}
     found, _ = timings(workers)
-    assert found.dropped == {("small", CELL): "11 tokens do not fit in its KV cache of 10"}
+    why = "not measured: 11 tokens do not fit in its KV cache of 10"
+    assert found.dropped == {("small", CELL): why}
     assert workers["small"].asked == []
+
+
+def test_more_rows_than_an_arm_takes_cost_it_that_cell_and_no_other(local):
+    """An engine built for one row, beside one that takes any number."""
+    alone = CELL._replace(batch=1)
+    workers = {"base": local("base"), "small": local("small", max_batch=1)}
+    found, _ = timings(workers, cells=[CELL, alone])
+    why = "not measured: 2 rows at once are more than the 1 it was built for"
+    assert found.dropped == {("small", CELL): why} and not found.dead
+    counts = Counter((s.arm, s.cell) for s in found.samples if s.reason is None)
+    assert counts == {("base", CELL): 6, ("base", alone): 6, ("small", alone): 6}
 
 
 def test_the_budget_ends_a_cell_after_a_whole_block_but_not_before_the_first(local):

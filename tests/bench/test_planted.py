@@ -20,9 +20,10 @@ from optpipe.build.ort import Ort
 from optpipe.export.onnx import Onnx
 from optpipe.quant.rtn import Rtn
 
-CELL = Cell("single", 1, 8, 33)
-STEP_S = 0.01
-"""Eight times what a step takes on a quiet machine: on a busy one, too, it is over by then."""
+CELL = Cell("single", 1, 8, 51)
+STEP_S = 0.02
+"""Many times what a step takes on a quiet machine: on a busy one, too, it is over by then. And as a
+second a request: at a load of 9 the first and the last token came up to 40 ms late."""
 SCALES = {"baseline": 1.0, AGAIN: 1.0, "same": 1.0, "quick": 0.9, "slow": 1.3}
 
 
@@ -41,8 +42,10 @@ def planted_arm(engine, name, scale):
 
 def timed(arms):
     """The report of these arms, the baseline resident twice."""
-    config = BenchConfig(blocks=12, max_blocks=24, warmup_s=1, budget_s=90, threads=1)
-    found = Measured(scenarios={"single": Scenario(prompt_tokens=[8], new_tokens=33)})
+    config = BenchConfig(
+        blocks=12, max_blocks=48, half_width=0.02, budget_s=180, warmup_s=1, threads=1
+    )
+    found = Measured(scenarios={"single": Scenario(prompt_tokens=[8], new_tokens=51)})
     with reside(arms, lambda *what: None) as residents:
         assert not residents.broken
         session = Session(
@@ -70,7 +73,7 @@ def test_a_ranking_planted_in_the_demo_engine_is_recovered(engine):
     said = {name: [of[key] for key in ("verdict", "ratio", "ci")] for name, of in entry.items()}
     assert entry["quick"]["verdict"] == "FASTER" and entry["slow"]["verdict"] == "SLOWER", said
     assert entry["same"]["verdict"] in ("EQUIVALENT", "INCONCLUSIVE"), said
-    assert resolution < 0.02, said
+    assert resolution < 0.03, said
     for name, of in entry.items():
         low, high = of["ci"]
         assert low - resolution <= 1 / SCALES[name] <= high + resolution, (name, said, resolution)

@@ -157,6 +157,14 @@ def test_greedy_tokens_are_those_of_transformers(tiny):
     np.testing.assert_array_equal(found.T, ids[:, 9:].numpy())
 
 
+def test_an_arm_that_takes_few_rows_is_asked_for_some_at_a_time(local):
+    ids_BS = np.random.default_rng(0).integers(0, 11, (5, 4))
+    greedy = Greedy(ids_BS=ids_BS, new_tokens=3, limit_s=60)
+    few, all_at_once = greedy(local("few", max_batch=2).backend), greedy(local("all").backend)
+    assert few.shape == (3, 5)
+    np.testing.assert_array_equal(few, all_at_once)
+
+
 def test_the_tokens_of_a_cell_are_noted_for_those_that_were_fast_enough(local):
     cell, found = Cell("single", 2, 8, 3), Judged()
     workers = {"a": local("a"), "b": local("b", fault="hang")}

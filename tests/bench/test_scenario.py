@@ -19,6 +19,7 @@ from optpipe.bench.scenario import (
 )
 from optpipe.config import typed
 from optpipe.errors import InputError
+from optpipe.stage import Limits
 
 CONF = sorted((Path(__file__).parents[2] / "conf" / "scenario").glob("*.yaml"))
 
@@ -37,7 +38,7 @@ def test_every_option_is_a_scenario_under_its_own_name_that_fits_the_demo(path):
     content = OmegaConf.load(path)
     assert list(content) == [path.stem]
     node = OmegaConf.merge(OmegaConf.structured(Scenario), content[path.stem])
-    check({path.stem: OmegaConf.to_object(node)}, 1024)
+    check({path.stem: OmegaConf.to_object(node)}, Limits(tokens=1024))
 
 
 def test_there_are_the_scenarios_of_the_readme():
@@ -55,7 +56,7 @@ def test_there_are_the_scenarios_of_the_readme():
 )
 def test_what_is_advised_does_fit(prompt, new, advice):
     with pytest.raises(InputError, match=advice):
-        check({"s": Scenario(prompt_tokens=[prompt], new_tokens=new)}, 128)
+        check({"s": Scenario(prompt_tokens=[prompt], new_tokens=new)}, Limits(tokens=128))
 
 
 def test_every_option_has_a_verdict_on_speed():
@@ -65,9 +66,20 @@ def test_every_option_has_a_verdict_on_speed():
 
 def test_what_does_not_fit_is_refused_with_what_would():
     scenario = Scenario(prompt_tokens=[100, 97], new_tokens=32)
-    check({"long": scenario}, 132)
+    check({"long": scenario}, Limits(tokens=132))
     with pytest.raises(InputError, match=r"'long'.*do not fit in 128.*prompt_tokens=\[96\]"):
-        check({"long": scenario}, 128)
+        check({"long": scenario}, Limits(tokens=128))
+
+
+def test_more_rows_than_an_engine_is_built_for_are_refused_with_both_ways_out():
+    scenario = Scenario(batch=[4, 16], prompt_tokens=[8])
+    check({"batch": scenario}, Limits(tokens=64, rows=16, rows_key="build.max_batch"))
+    with pytest.raises(InputError) as error:
+        check({"batch": scenario}, Limits(tokens=64, rows=8, rows_key="build.max_batch"))
+    assert str(error.value) == (
+        "scenario 'batch': 16 rows at once, but build.max_batch is 8; "
+        "set 'scenario.batch.batch=[8]' or 'build.max_batch=16'"
+    )
 
 
 @pytest.mark.parametrize(
@@ -175,7 +187,7 @@ def test_a_trace_that_asks_for_more_than_the_scenario_allows_is_refused():
     serving = {"arrivals": "trace", "scale": {"length": 0.5}}
     scenario = typed({"serving": serving, "prompt_tokens": [600]}, Scenario, "s")
     with pytest.raises(InputError, match=r"'t': line \d+ of .*trace.jsonl' asks for .* 600 \+ 32"):
-        check({"t": scenario}, 1024)
+        check({"t": scenario}, Limits(tokens=1024))
 
 
 def test_a_trace_has_its_own_prompts():

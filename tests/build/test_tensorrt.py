@@ -41,6 +41,7 @@ from optpipe.quant.fp8 import Fp8
 from optpipe.quant.int8 import Int8
 from optpipe.quant.rtn import Rtn
 from optpipe.residual.qera import Qera
+from optpipe.stage import Limits
 from optpipe.verify import check_full, verify
 
 FULL = Package(name="tensorrt", version="11.4.0", gpu="sm90")
@@ -306,6 +307,14 @@ def test_a_prompt_beyond_the_cache_is_refused(graph, tiny, run):
     TensorRT(max_prompt=64).follow([Onnx(capacity=64)], Checkpoint(tiny()))
     with pytest.raises(InputError, match=r"max_prompt 65 exceeds export.capacity 64"):
         run(TensorRT(max_prompt=65), graph())
+
+
+def test_the_rows_of_a_plan_are_limited_and_the_tokens_of_its_graph(tiny):
+    model = Checkpoint(tiny())
+    found = TensorRT(max_batch=3).limits(Onnx(capacity=64).limits(Limits(tokens=128), model), model)
+    assert found == Limits(
+        tokens=64, tokens_key="export.capacity", rows=3, rows_key="build.max_batch"
+    )
 
 
 def test_a_quantized_cache_is_refused(graph, run, tiny):

@@ -76,15 +76,22 @@ class Steady:
 
 @dataclass(frozen=True, kw_only=True)
 class Greedy:
-    """Ask an arm to continue prompts; (steps, rows), fewer steps if ``limit_s`` runs out."""
+    """Ask an arm to continue prompts; (steps, rows), fewer steps if ``limit_s`` runs out.
+
+    All rows at once, or as many as the arm takes.
+    """
 
     ids_BS: Ids
     new_tokens: int
     limit_s: float
 
     def __call__(self, backend: Backend) -> Ids:
-        limit_ns, clock = int(self.limit_s * 1e9), time.perf_counter_ns
-        return generate(backend, self.ids_BS, self.new_tokens, limit_ns, clock).tokens_NB
+        rows, most = len(self.ids_BS), backend.max_batch or len(self.ids_BS)
+        parts = [self.ids_BS[start : start + most] for start in range(0, rows, most)]
+        limit_ns, clock = int(self.limit_s * 1e9 / len(parts)), time.perf_counter_ns
+        made = [generate(backend, p, self.new_tokens, limit_ns, clock).tokens_NB for p in parts]
+        steps = min(len(tokens_NB) for tokens_NB in made)
+        return np.concatenate([tokens_NB[:steps] for tokens_NB in made], axis=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -78,10 +78,8 @@ class Timer:
     def _drop_what_does_not_fit(self) -> None:
         cell, found = self.blocks.cell, self.blocks.found
         for name, loaded in self.blocks.session.loaded.items():
-            if cell.tokens > loaded.capacity:
-                found.dropped[name, cell] = (
-                    f"{cell.tokens} tokens do not fit in its KV cache of {loaded.capacity}"
-                )
+            if (why := loaded.refuses(cell.batch, cell.tokens)) is not None:
+                found.dropped[name, cell] = f"not measured: {why}"
 
     def _find_rate(self, budget_s: float) -> None:
         """At which requests come, where the cell has a server; no rate is tried in overtime."""
