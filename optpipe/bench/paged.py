@@ -19,6 +19,8 @@ from optpipe.checkpoint import Checkpoint
 KV_TOKENS = 65536
 """What the KV cache of every such engine holds, all rows together: these engines otherwise take
 nearly all memory there is, and arms that are resident together must share the device."""
+SLACK_BYTES = 4_000_000_000
+"""Activations, CUDA graphs and libraries, beside weights and cache."""
 CONTEXT = 32768
 """Longest sequence, unless the model's own context is shorter."""
 
@@ -30,6 +32,11 @@ class Paged(Backend):
     engine tells no more without slowing down; the logits of ``extend`` and ``score`` are
     log-probabilities, that is logits up to a constant at each position.
     """
+
+    @classmethod
+    def memory_bytes(cls, artifact: Artifact, dtype: str) -> int:
+        cache_bytes = kv_bytes(Checkpoint(artifact.path))
+        return super().memory_bytes(artifact, dtype) + cache_bytes + SLACK_BYTES
 
     def _open(self, artifact: Artifact) -> Checkpoint:
         """What is known from the files alone."""

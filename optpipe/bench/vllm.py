@@ -20,8 +20,6 @@ from optpipe.bench.endpoint import HOST, NAME, Endpoint
 from optpipe.bench.paged import Paged, kv_bytes, unusable
 from optpipe.checkpoint import Checkpoint
 
-SLACK_BYTES = 4_000_000_000
-"""Activations, CUDA graphs and libraries, beside weights and cache."""
 SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process: no queue between us and the engine
     "VLLM_USE_FLASHINFER_SAMPLER": "0",  # would be compiled at the first token
@@ -44,7 +42,7 @@ class Vllm(Paged):
             dtype=self.dtype,
             max_model_len=self.capacity,
             kv_cache_memory_bytes=kv_bytes(checkpoint),
-            gpu_memory_utilization=_share(checkpoint),
+            gpu_memory_utilization=_share(artifact),
             enable_prefix_caching=False,
             max_logprobs=-1,
         )
@@ -132,7 +130,6 @@ class VllmEndpoint(Endpoint):
 
     def command(self, artifact: Artifact, port: int) -> Sequence[str]:
         os.environ.update(SETTINGS)
-        checkpoint = Checkpoint(artifact.path)
         options: dict[str, object] = {
             "model": artifact.path,
             "served-model-name": NAME,
@@ -140,8 +137,8 @@ class VllmEndpoint(Endpoint):
             "port": port,
             "dtype": self.dtype,
             "max-model-len": self.capacity,
-            "kv-cache-memory-bytes": kv_bytes(checkpoint),
-            "gpu-memory-utilization": _share(checkpoint),
+            "kv-cache-memory-bytes": kv_bytes(Checkpoint(artifact.path)),
+            "gpu-memory-utilization": _share(artifact),
         }
         flags = ["skip-tokenizer-init", "no-enable-prefix-caching", "disable-uvicorn-access-log"]
         given = [text for key, value in options.items() for text in (f"--{key}", str(value))]
@@ -153,7 +150,7 @@ class VllmEndpoint(Endpoint):
         return unusable("vllm")
 
 
-def _share(checkpoint: Checkpoint) -> float:
+def _share(artifact: Artifact) -> float:
     """Of the GPU's memory: only checked against what is free, as the cache has its own limit."""
-    wanted = 2 * checkpoint.size_bytes + kv_bytes(checkpoint) + SLACK_BYTES
-    return wanted / torch.cuda.get_device_properties(0).total_memory
+    total: int = torch.cuda.get_device_properties(0).total_memory
+    return Vllm.memory_bytes(artifact, "") / total

@@ -1,18 +1,28 @@
-"""Our checkpoints in vLLM on a GPU: do they load, answer as our torch model does, how fast.
+"""Our checkpoints in vLLM on GPUs: do they load, and do they answer as our torch model does.
 
-    PYTHONPATH=. python tests/export/vllm_gpu.py FOLDER demo|llama_1b [KIND ...]
+    PYTHONPATH=. python tests/export/vllm_gpu.py FOLDER SHAPE[,SHAPE] [--jobs N|--speed] [KIND ...]
 
-makes checkpoints of one shape in FOLDER and opens each in a process of its own. The demo model's
-greedy tokens are compared with those of the torch backend on the same artifact, in float16. KIND is
-the beginning of some of the names in KINDS; without, all of them.
+SHAPE is demo, or a name from conf/model/shapes with random weights. Every checkpoint is made and
+opened in a process of its own, N at once, dealt over all GPUs; its greedy tokens are compared with
+those of the torch backend on the same artifact, in float16. Where they part, the margin is how much
+higher the torch model had its own token there than vLLM's: near zero, either was right. Eager, so
+that it starts soon; --speed compiles, runs one at a time and adds times. KIND is the beginning of
+some of the names in KINDS; without, all of them. What vLLM wrote is kept in $OUT, or FOLDER.
 """
 
+import argparse
+import gc
 import json
+import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
+from itertools import cycle
 from pathlib import Path
+from shutil import rmtree
 from statistics import median
 
 import numpy as np
@@ -22,7 +32,7 @@ from eight_bits import eight_bit_layer
 from optpipe import model
 from optpipe.artifact import Artifact
 from optpipe.bench.torch import Torch
-from optpipe.bench.vllm import Vllm
+from optpipe.bench.vllm import SETTINGS, Vllm
 from optpipe.blockwise import rewrite
 from optpipe.checkpoint import Checkpoint
 from optpipe.export import vllm
@@ -43,6 +53,7 @@ KINDS = {
     "fp8 per token": ({**EIGHT, "number": "fp8", "inputs": "fp8_token"}, vllm.Vllm),
     "fp8 per tensor": (STATIC, vllm.Vllm),
     "modelopt FP8": (STATIC, Trtllm),
+    "modelopt FP8 per token": ({**EIGHT, "number": "fp8", "inputs": "fp8_token"}, Trtllm),
     "modelopt W4A16_AWQ": ("int4", Trtllm),  # vLLM 0.25.1 knows no such algorithm
 }
 
@@ -92,11 +103,13 @@ def quantized(form, source, out, scales):
 
 
 def greedy(backend, ids):
-    told, tokens = backend.prefill(ids, np.full(len(ids), ids.shape[1])), []
+    """Tokens (rows, NEW), and the logits they were the largest of, (rows, NEW, V)."""
+    told, logits = backend.prefill(ids, np.full(len(ids), ids.shape[1])), []
     for _ in range(NEW):
-        tokens.append(told.argmax(-1))
-        told = backend.decode(tokens[-1])
-    return np.stack(tokens, 1)
+        logits.append(told.copy())
+        told = backend.decode(told.argmax(-1))
+    logits = np.stack(logits, 1)
+    return logits.argmax(-1), logits
 
 
 def prompts(vocab):
@@ -118,68 +131,107 @@ def timed(backend, tokens, batch, new):
     return median(firsts[2:]), median(gaps[2:])
 
 
-def child(folder, name):
-    """Open one checkpoint in vLLM; the last line it prints is what it found."""
-    with Vllm(Artifact(path=Path(folder), format=name, key="k"), 1, "float16") as backend:
-        tokens = greedy(backend, prompts(backend.vocab)).tolist()
-        long = min(1000, backend.capacity - 1)
-        found = {
-            "tokens": tokens,
-            "ttft_128": timed(backend, 128, 1, 0)[0],
-            "ttft_long": timed(backend, long, 1, 0)[0],
-            "tpot_1": timed(backend, 128, 1, 64)[1],
-            "tpot_8": timed(backend, 128, 8, 64)[1],
-        }
-    print(f"{MARK}{json.dumps(found)}", flush=True)
+def speeds(backend):
+    """TTFT at 128 and about 1000 tokens, TPOT of one and eight rows."""
+    long = min(1000, backend.capacity - 1)
+    return [
+        timed(backend, 128, 1, 0)[0],
+        timed(backend, long, 1, 0)[0],
+        timed(backend, 128, 1, 64)[1],
+        timed(backend, 128, 8, 64)[1],
+    ]
 
 
-def opened(made):
-    call = [sys.executable, __file__, "--child", str(made.path), made.format]
-    done = subprocess.run(call, capture_output=True, text=True, check=False, timeout=420)
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "Error" in line] or ["died"]
-        made.path.with_suffix(".log").write_text(done.stdout + done.stderr)
-        return lines[-1][-160:]
-    return json.loads(next(x for x in done.stdout.splitlines() if x.startswith(MARK))[len(MARK) :])
+def agreement(ours, logits, theirs):
+    """Rows with the same tokens throughout, and the largest margin where others part."""
+    same = ours == theirs
+    apart = [(row, int(same[row].argmin())) for row in np.flatnonzero(~same.all(1))]
+    margins = [
+        logits[row, at, ours[row, at]] - logits[row, at, theirs[row, at]] for row, at in apart
+    ]
+    wide = f", margin {max(margins):.3f} of a spread of {logits.std():.2f}" if apart else ""
+    return f"{same.all(1).sum()} of {len(ours)} rows the same{wide}"
 
 
-def agreement(ours, theirs):
-    """Share of rows with the same tokens throughout, and the mean length of the equal prefix."""
-    same = np.array(ours) == np.array(theirs)
-    prefix = np.where(same.all(1), NEW, same.argmin(1))
-    return f"{same.all(1).mean():.0%} of rows, prefix {prefix.mean():.1f} of {NEW}"
+def given(shape):
+    return Demo() if shape == "demo" else Random(config=shape)
 
 
-def main(out, shape, kinds):
-    print(torch.cuda.get_device_name(), flush=True)
-    print("| shape | checkpoint | TTFT 128 ms | TTFT long | TPOT b1 ms | TPOT b8 | as torch |")
-    print("|---|---|---|---|---|---|---|", flush=True)
-    given = Demo() if shape == "demo" else Random(config=shape)
-    source = given.prepare(out)
-    scales = input_scales(source.path, given.checkpoint.decoder.vocab)
-    for name, (form, exporter) in KINDS.items():
-        if kinds and not name.startswith(kinds):
-            continue
-        own = out / shape / name.replace(" ", "_")
-        compressed = quantized(form, source, own / "hf", scales)
-        made = stage(exporter(), compressed, own / "checkpoint")
-        if shape == "demo":
-            read_back(made, compressed)
-        found = opened(made)
-        if isinstance(found, str):
-            print(f"| {shape} | {name} | {found} |", flush=True)
-            continue
-        equal = "-"
-        if shape == "demo":
-            with Torch(compressed, 1, "float16") as torch_side:
-                equal = agreement(greedy(torch_side, prompts(torch_side.vocab)), found["tokens"])
-        times = (found[key] for key in ("ttft_128", "ttft_long", "tpot_1", "tpot_8"))
-        row = " | ".join(f"{t:.2f}" for t in times)
-        print(f"| {shape} | {name} | {row} | {equal} |", flush=True)
+def child(out, shape, kind, speed):
+    """Make one checkpoint and open it in vLLM; the last line it prints is its row of the table."""
+    out, (form, exporter) = Path(out), KINDS[kind]
+    source = given(shape).prepare(out)
+    scales = json.loads((out / f"{shape}.json").read_text())
+    own = out / shape / kind.replace(" ", "_")
+    compressed = quantized(form, source, own / "hf", scales)
+    made = stage(exporter(), compressed, own / "checkpoint")
+    if shape == "demo":
+        read_back(made, compressed)
+    with Torch(compressed, 1, "float16") as ours:
+        tokens, logits = greedy(ours, prompts(ours.vocab))
+    gc.collect()
+    torch.cuda.empty_cache()
+    if speed == "eager":
+        import vllm as package
+
+        package.LLM = partial(package.LLM, enforce_eager=True)
+    with Vllm(made, 1, "float16") as backend:
+        theirs, _ = greedy(backend, prompts(backend.vocab))
+        times = [] if speed == "eager" else speeds(backend)
+    told = " | ".join([agreement(tokens, logits, theirs), *(f"{t:.2f}" for t in times)])
+    print(f"{MARK}{told}", flush=True)
+
+
+def row(out, shape, kind, gpu, speed):
+    """Of the table, from a process of its own."""
+    call = [sys.executable, __file__, "--child", str(out), shape, kind, speed]
+    env = {**os.environ, **SETTINGS, "CUDA_VISIBLE_DEVICES": gpu, "VLLM_DISABLE_COMPILE_CACHE": "1"}
+    start = time.perf_counter()
+    done = subprocess.run(call, capture_output=True, text=True, check=False, timeout=420, env=env)
+    name = kind.replace(" ", "_")
+    log = Path(os.environ.get("OUT", out)) / f"{shape}_{name}.log"
+    log.write_text(done.stdout + done.stderr)
+    rmtree(out / shape / name)
+    found = [line[len(MARK) :] for line in done.stdout.splitlines() if line.startswith(MARK)]
+    why = [line.strip() for line in done.stderr.splitlines() if "Error" in line] or ["died"]
+    told = found[0] if found else f"{'; '.join(dict.fromkeys(why))[-300:]}"
+    print(f"| {shape} | {kind} | {told} | {time.perf_counter() - start:.0f} s |", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("shapes")
+    parser.add_argument("kinds", nargs="*")
+    parser.add_argument("--jobs", type=int, default=6)
+    parser.add_argument("--speed", action="store_true")
+    asked = parser.parse_args()
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(
+        str(index) for index in range(torch.cuda.device_count())
+    )
+    print(f"{torch.cuda.get_device_name()}, GPUs {gpus}", flush=True)
+    times = "TTFT 128 ms | TTFT long | TPOT b1 ms | TPOT b8 | " if asked.speed else ""
+    print(f"| shape | checkpoint | greedy tokens beside torch | {times}took |", flush=True)
+    for shape in asked.shapes.split(","):
+        source = given(shape).prepare(asked.folder)
+        scales = input_scales(source.path, given(shape).checkpoint.decoder.vocab)
+        (asked.folder / f"{shape}.json").write_text(json.dumps(scales))
+    torch.cuda.empty_cache()
+    wanted = [kind for kind in KINDS if kind.startswith(tuple(asked.kinds) or "")]
+    turns = cycle(gpus.split(","))
+    speed = "speed" if asked.speed else "eager"
+    with ThreadPoolExecutor(1 if asked.speed else asked.jobs) as pool:
+        futures = [
+            pool.submit(row, asked.folder, shape, kind, next(turns), speed)
+            for shape in asked.shapes.split(",")
+            for kind in wanted
+        ]
+    for future in futures:
+        future.result()  # raises what went wrong here, not in the child
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "--child":
         child(*sys.argv[2:])
     else:
-        main(Path(sys.argv[1]), sys.argv[2], tuple(sys.argv[3:]))
+        main()
