@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
@@ -75,6 +76,22 @@ def advance(module: nn.Module, flow: Flow, index: int) -> None:
     """Send all samples through a block, in place: two sets of hidden states never coexist."""
     for sample, hidden in enumerate(flow.hidden):
         flow.hidden[sample] = call(module, flow, index, hidden)
+
+
+def next_token_loss(
+    lm: PreTrainedModel, decoder: Decoder, hidden: list[Tensor], ids_ST: Tensor
+) -> float:
+    """The mean over all samples and tokens, nats, from the hidden states behind the last block."""
+    norm, head = (
+        lm.get_submodule(n).to(hidden[0].device) for n in (decoder.final_norm, decoder.head)
+    )
+    losses = []
+    for state, ids_T in zip(hidden, ids_ST, strict=True):
+        logits_TV = head(norm(state))[0, :-1]
+        if cap := decoder.logit_softcap:
+            logits_TV = cap * torch.tanh(logits_TV / cap)
+        losses.append(functional.cross_entropy(logits_TV, ids_T[1:].to(logits_TV.device)).double())
+    return float(torch.stack(losses).mean())
 
 
 def observe(

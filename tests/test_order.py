@@ -1,14 +1,20 @@
 """Every stage refuses what the declared order refuses, with the reason, and takes all else."""
 
-import pytest
+from functools import cache
+from itertools import product
 
-from optpipe import order
-from optpipe.cache.static import KvCache
+import pytest
+import torch
+import transformers
+from omegaconf import OmegaConf
+
+from optpipe import model, order
 from optpipe.calibrate import Calib
+from optpipe.config import build, data_dir
 from optpipe.errors import InputError
 from optpipe.linear import Form
 from optpipe.lowrank.svd import Svd
-from optpipe.pipeline import check
+from optpipe.pipeline import check, run
 from optpipe.prune.magnitude import Magnitude
 from optpipe.quant.rtn import Rtn
 from optpipe.recover.blockwise import Blockwise
@@ -77,20 +83,117 @@ def test_recovery_takes_every_form_and_leaves_it(stage, state):
     assert stage.plan(STATES[state]) == STATES[state]
 
 
-@pytest.mark.parametrize(
-    ("first", "second", "reason"),
-    [
-        (Rtn(group_size=32), Magnitude(), "prune before that"),
-        (Magnitude(), Rotate(), "a rotation would fill its zeros"),
-        (Magnitude(), Svd(rank_multiple=4), "two factors would lose its mask"),
-        (Svd(rank_multiple=4), Width(calib=CALIB), "structured pruning comes before"),
-    ],
-)
-def test_a_run_in_the_wrong_order_is_refused_before_any_work(first, second, reason, tiny, tmp_path):
-    stages = {"first": first, "second": second}
-    with pytest.raises(InputError, match=f"stage 'second': layer .*; .*{reason}"):
-        check(stages, HuggingFace(path=str(tiny())), tmp_path)
-    assert not any(tmp_path.iterdir())
+SMALL = {"group_size": 16, "rank_multiple": 32, "keep": 0.9, "multiple": 32, "share": 0.5,
+         "tokens": 16, "rank": 2, "mlp": 0.34}  # fmt: skip
+TEXT = {"source": "random", "samples": 2, "tokens": 8}
+FILES = sorted(data_dir("conf").glob("*/*.yaml"))
+KINDS = [
+    *("structure/width", "structure/depth", "recover/blockwise", "prune/magnitude", "lowrank/svd"),
+    *("transform/rotate", "transform/smoothquant", "quant/rtn", "quant/int8", "residual/qera"),
+    *("cache/static",),
+]
+"""One method of each kind, of those that are alike in what they refuse and need."""
+
+
+def methods():
+    """Every stage that makes a torch model, by group and name, with sizes that suit a tiny one."""
+    for file in FILES:
+        node = OmegaConf.load(file)
+        if "_target_" not in node or file.parent.name in ("model", "export", "build", "eval"):
+            continue
+        whole = OmegaConf.create({"calib": TEXT, "stage": node})
+        for key in SMALL.keys() & node.keys():
+            whole.stage[key] = SMALL[key]
+        yield f"{file.parent.name}/{file.stem}", build(whole.stage)
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory):
+    """A model of two blocks, a store for all pairs, and the stages."""
+    store, folder = (tmp_path_factory.mktemp(name) for name in ("store", "two"))
+    config = transformers.LlamaConfig(
+        hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, vocab_size=160, max_position_embeddings=32,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    with pytest.MonkeyPatch.context() as patch:  # they ask the same of the same model
+        for name in ("layers", "parameter_shapes"):
+            patch.setattr(model, name, cache(getattr(model, name)))
+        yield HuggingFace(path=str(folder)), store, dict(methods())
+
+
+def test_methods_are_all_here():
+    stages = dict(methods())
+    assert len(stages) >= 22 and set(KINDS) <= stages.keys()
+    assert all(stage.produces == "hf" for stage in stages.values())
+
+
+def outcome(ground, first, second):
+    """The steps of two stages that may follow each other, else why they may not."""
+    source, store, stages = ground
+    ordered = {first: stages[first], f"{second}, then": stages[second]}
+    if first.startswith("residual/"):  # which needs something to correct
+        ordered = {"prune/magnitude": stages["prune/magnitude"], **ordered}
+    try:
+        return check(ordered, source, store)
+    except InputError as error:
+        return str(error)
+
+
+def test_every_pair_of_methods_fits_or_is_refused_with_a_reason_that_names_the_second(ground):
+    names, reasons = [*ground[2]], ORDER | ALONE
+    pairs = {(a, b): outcome(ground, a, b) for a in names for b in names}
+    refused = {pair: why for pair, why in pairs.items() if isinstance(why, str)}
+    for (first, second), why in refused.items():
+        assert why.startswith((f"stage '{second}, then'", f"stage '{first}': ")), (first, why)
+        assert any(reason in why for reason in reasons), (first, second, why)
+    assert len(refused) < 0.6 * len(pairs)
+    for pair in (("prune/wanda", "quant/gptq"), ("quant/rtn", "residual/qera")):
+        assert pair not in refused
+    for pair in (pair[::-1] for pair in [("prune/wanda", "quant/gptq"), *EARLIER]):
+        assert pair in refused
+
+
+ORDER = {reason for of_step in order.REASONS.values() for reason in of_step.values()}
+ALONE = {
+    "nothing to correct",  # a residual of what was not compressed
+    "which rewrites weights, so that what it lost before is not known",
+    "through which no gradient comes; recover before that",
+    "after all others that make a torch model",
+    "is less than one; raise it",  # the only block left
+    "and AutoRound keeps no zeros",
+    "needs package 'auto-round'",
+}
+EARLIER = [
+    ("transform/rotate", "prune/magnitude"),
+    ("lowrank/svd", "prune/magnitude"),
+    ("structure/width", "lowrank/svd"),
+    ("quant/rtn", "residual/qera"),
+]
+
+
+def test_pairs_that_are_not_refused_run_and_verify(ground):
+    ran = made(ground, KINDS)
+    assert len(ran) > 50 and {first for first, _ in ran} == set(KINDS) - {"cache/static"}
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_all_pairs_that_are_not_refused_run_and_verify(ground):
+    assert len(made(ground, ground[2])) > 200
+
+
+def made(ground, names):
+    """Run all pairs that are not refused, each first stage once; the pairs."""
+    source, store, _ = ground
+    baseline, ran = source.prepare(store), []
+    for first, second in product(names, repeat=2):
+        if not isinstance(steps := outcome(ground, first, second), str):
+            *_, last = run(steps, baseline)
+            assert last.stats["verified"] and last.lineage[-1] == f"{second}, then"
+            ran.append((first, second))
+    return ran
 
 
 def test_on_other_layers_every_order_is_fine(tiny, tmp_path):
@@ -100,10 +203,3 @@ def test_on_other_layers_every_order_is_fine(tiny, tmp_path):
         "lowrank": Svd(rank_multiple=4, targets=["*.up_proj"]),
     }
     assert len(check(stages, HuggingFace(path=str(tiny())), tmp_path)) == 3
-
-
-@pytest.mark.parametrize("then", [Depth(), Rtn(), Blockwise(), Rotate()])
-def test_nothing_follows_what_measured_the_cache(tiny, tmp_path, then):
-    stages = {"cache": KvCache(calib=Calib(source="random", samples=2, tokens=16)), "then": then}
-    with pytest.raises(InputError, match="put 'cache' after all others"):
-        check(stages, HuggingFace(path=str(tiny())), tmp_path)

@@ -117,6 +117,17 @@ def test_admm_beats_sparsegpt_that_wanda_and_that_magnitude(cost):
 
 @pytest.mark.slow
 @pytest.mark.long
+def test_blocks_whose_loss_feels_it_least_give_most_weights(cost):
+    """OWL asks what has outliers, the allocator what the loss of the model is."""
+    kinds = "uniform", "owl", "allocator"
+    uniform, owl, allocated = (
+        cost(SparseGpt(sparsity=0.7, allocation=kind, calib=CALIB)) for kind in kinds
+    )
+    assert allocated < owl < uniform
+
+
+@pytest.mark.slow
+@pytest.mark.long
 def test_a_low_rank_correction_takes_back_a_quarter_of_what_three_bits_cost(cost):
     quantized = Gptq(bits=3, group_size=32, calib=CALIB)
     alone, corrected = cost(quantized), cost(quantized, Qera(calib=CALIB))

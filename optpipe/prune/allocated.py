@@ -1,10 +1,7 @@
 """Which share of each layer goes: the same everywhere, or less where outliers are.
 
 OWL (arXiv:2310.05175, section 3.2): a block with more outliers among its Wanda scores keeps more.
-
-The allocator of optpipe/allocate.py is not offered here. SparseGPT at 70 % costs the bundled model
-+310 % of perplexity when uniform and +275 % with OWL; one budget over measured errors of layers
-made that +524 % (errors as shares of the outputs) and +978 % (errors times Fisher information).
+The allocator: a block keeps more where the loss of the whole model is lower for it (probe.py).
 """
 
 from __future__ import annotations
@@ -20,15 +17,18 @@ from optpipe.calibrate import Calib, Squares
 from optpipe.checkpoint import Checkpoint
 from optpipe.flow import observed
 from optpipe.linear import Layers, weight_of
+from optpipe.prune import probe
 from optpipe.prune.mask import Prune, parse_pattern
 from optpipe.stage import Progress
 
-UNIFORM, OWL = "uniform", "owl"
-ALLOCATIONS = (UNIFORM, OWL)
+UNIFORM, OWL, ALLOCATOR = "uniform", "owl", "allocator"
+ALLOCATIONS = (UNIFORM, OWL, ALLOCATOR)
 OUTLIER = 5.0
 """An outlier is a score above so many times the mean of its block (M in the paper)."""
 SPREAD = 0.08
 """Half of the range of sparsities (lambda)."""
+STEP = 0.04
+"""Between the sparsities that the allocator chooses from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,8 @@ class Allocated(Prune):
     """A method that looks at data, and can so tell how much each layer stands."""
 
     allocation: str = UNIFORM
-    """'uniform': every layer by ``sparsity``; 'owl': all of them together."""
+    """'uniform': every layer by ``sparsity``; 'owl', 'allocator': all of them together, blocks by
+    about 0.08 more or less. The allocator tries every block at five sparsities."""
     calib: Calib = field(default_factory=Calib)
 
     def __post_init__(self) -> None:
@@ -49,10 +50,10 @@ class Allocated(Prune):
                 f"'{UNIFORM}', got '{self.allocation}'"
             )
         low, high = 2 * SPREAD, 1 - 2 * SPREAD
-        if self.allocation == OWL and not low <= self.sparsity <= high:
+        if self.allocation != UNIFORM and not low <= self.sparsity <= high:
             raise ValueError(
-                f"allocation=owl spreads sparsities and needs one from {low:g} to {high:g}, got "
-                f"{self.sparsity}"
+                f"allocation={self.allocation} spreads sparsities and needs one from {low:g} to "
+                f"{high:g}, got {self.sparsity}"
             )
 
     def inputs(self, model: Checkpoint) -> str:
@@ -64,28 +65,32 @@ class Allocated(Prune):
     def sparsities(
         self, checkpoint: Checkpoint, layers: Layers, chosen: frozenset[str], progress: Progress
     ) -> dict[str, float]:
+        if self.allocation == UNIFORM:
+            return super().sparsities(checkpoint, layers, chosen, progress)
+        owners = {name: b.name for b in checkpoint.decoder.blocks for name in chosen
+                  if name.startswith(f"{b.name}.")}  # fmt: skip
+        sizes = dict.fromkeys(owners.values(), 0)
+        for name, owner in owners.items():
+            sizes[owner] += layers[name].rows * layers[name].cols
         if self.allocation == OWL:
-            return self._by_outliers(checkpoint, layers, chosen, progress)
-        return super().sparsities(checkpoint, layers, chosen, progress)
+            spread = owl(self._outliers(checkpoint, owners, progress), sizes, self.sparsity)
+        else:
+            others = [self.sparsity + k * STEP for k in (-2, -1, 1, 2)]
+            found = probe.losses(self, checkpoint, chosen, others, progress)
+            spread = probe.spread(found, sizes, self.sparsity)
+        return {name: spread[owners[name]] for name in layers if name in chosen}
 
-    def _by_outliers(
-        self, checkpoint: Checkpoint, layers: Layers, chosen: frozenset[str], progress: Progress
+    def _outliers(
+        self, checkpoint: Checkpoint, owners: Mapping[str, str], progress: Progress
     ) -> dict[str, float]:
-        def block(name: str) -> str:
-            found = (b.name for b in checkpoint.decoder.blocks if name.startswith(f"{b.name}."))
-            return next(found)
-
-        seen = observed(checkpoint, self.calib.observe(checkpoint, chosen, Squares))
+        """The share of outliers of every block."""
+        seen = observed(checkpoint, self.calib.observe(checkpoint, frozenset(owners), Squares))
         shares: dict[str, float] = {}
-        for owner, members in groupby(seen, key=lambda item: block(item[0])):
+        for owner, members in groupby(seen, key=lambda item: owners[item[0]]):
             progress(f"{owner} outliers", len(shares), len(checkpoint.decoder.blocks))
             scores = [(weight_of(m).abs() * s.norm_C).reshape(-1) for _, m, s in members]
             shares[owner] = outliers(torch.cat(scores))
-        sizes = dict.fromkeys(shares, 0)
-        for name in chosen:
-            sizes[block(name)] += layers[name].rows * layers[name].cols
-        spread = owl(shares, sizes, self.sparsity)
-        return {name: spread[block(name)] for name in layers if name in chosen}
+        return shares
 
 
 def outliers(score: Tensor) -> float:

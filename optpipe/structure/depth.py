@@ -15,15 +15,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedModel
 
 from optpipe import model, order
 from optpipe.artifact import Artifact, Stats
 from optpipe.calibrate import Calib
 from optpipe.checkpoint import Checkpoint, Writer
 from optpipe.device import fastest
-from optpipe.family import Decoder
-from optpipe.flow import advance, call, start
+from optpipe.flow import advance, call, next_token_loss, start
 from optpipe.linear import Layers
 from optpipe.stage import Progress, Stage
 from optpipe.structure.resize import parameters, shortened, source_blocks
@@ -153,20 +151,7 @@ def losses_without(
         without[index] = list(flow.hidden)
         advance(module, flow, index)
         model.drop(lm, blocks[index].name)
-    return {i: _loss(lm, checkpoint.decoder, h, ids_ST) for i, h in without.items()}
-
-
-def _loss(lm: PreTrainedModel, decoder: Decoder, hidden: list[Tensor], ids_ST: Tensor) -> float:
-    norm, head = (
-        lm.get_submodule(n).to(hidden[0].device) for n in (decoder.final_norm, decoder.head)
-    )
-    losses = []
-    for state, ids_T in zip(hidden, ids_ST, strict=True):
-        logits_TV = head(norm(state))[0, :-1]
-        if cap := decoder.logit_softcap:
-            logits_TV = cap * torch.tanh(logits_TV / cap)
-        losses.append(functional.cross_entropy(logits_TV, ids_T[1:].to(logits_TV.device)).double())
-    return float(torch.stack(losses).mean())
+    return {i: next_token_loss(lm, checkpoint.decoder, h, ids_ST) for i, h in without.items()}
 
 
 def _write(checkpoint: Checkpoint, out: Path, kept: list[int], config: Any) -> None:
