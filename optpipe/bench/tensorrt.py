@@ -1,9 +1,8 @@
 """TensorRT and TensorRT for RTX as a backend: one engine, contexts for prefill and for decode.
 
-All contexts share the weights and one KV cache, bound once as past and as present. A batch of fewer
-rows uses the first rows of the cache, so that no address ever changes. Decoding has a context and a
-CUDA graph for each number of rows: NVIDIA advises against other shapes in a context that was
-captured. TensorRT for RTX captures its graphs itself, after it has compiled the kernels.
+All contexts share the weights and one KV cache, bound once as past and as present; fewer rows use
+its first ones, so that no address changes. Decoding has a context and a CUDA graph per number of
+rows, as NVIDIA advises. TensorRT for RTX captures graphs itself, once it has compiled its kernels.
 
 Shapes: B rows, S tokens, L positions whose logits are wanted, V vocabulary.
 """
