@@ -292,6 +292,8 @@ def test_the_search_ends_just_below_the_highest_good_rate(start):
 def test_a_rate_that_no_search_finds():
     assert highest_rate(lambda rate: 0.0, 8.0, 0.9, steps=4) is None
     assert highest_rate(lambda rate: 1.0, 8.0, 0.9, steps=4) == 64
+    left = iter([1.0, 1.0])
+    assert highest_rate(lambda rate: next(left, None), 8.0, 0.9) == 16, "the time was over"
 
 
 def test_a_server_is_timed_block_by_block_like_any_other_cell(local, monkeypatch):
@@ -317,7 +319,27 @@ def test_a_server_is_timed_block_by_block_like_any_other_cell(local, monkeypatch
     values, why = load.entry(timed, CELL, found)
     assert values["rate_per_s"] == rate and values["slo"]["ttft_s"] == 0.05
     assert values["goodput_per_s"] > 0
-    assert {name for name, value in values.items() if value is None} == why.keys()
+    null = {name for name, value in values.items() if value is None}
+    assert null == why.keys() - ({"rate_per_s"} if CELL in found.hurried else set())
+
+
+def test_a_search_that_the_budget_ended_says_so(local, monkeypatch):
+    """No time: one request alone and one rate. Whether that was kept depends on the machine."""
+    monkeypatch.setattr(blocks, "SETTLE_S", 0.0)
+    serving = Serving(requests=3, objective=Objective(ttft_s=5.0, tpot_s=None))
+    found = Measured(scenarios={"server": Scenario(serving=serving)})
+    worker = local("baseline", prefill_s=0.002)
+    session = Session(
+        number=0, workers={"baseline": worker}, loaded={"baseline": worker.loaded}, budget_s=0.0
+    )
+    measure(session, [CELL], BenchConfig(blocks=1, warmup_s=0), found, lambda *_: None)
+    said = "the time budget (bench.budget_s=120) ended the search after 1 of at most 6 rates"
+    assert found.hurried == {CELL: said}
+    timed = [sample for sample in found.samples if sample.reason is None]
+    if found.rates[CELL] is None:
+        assert found.dropped["baseline", CELL].endswith(f"no rate that was tried; {said}")
+    else:
+        assert load.entry(timed, CELL, found)[1]["rate_per_s"] == said
 
 
 def test_only_most_blocks_make_a_server_invalid():

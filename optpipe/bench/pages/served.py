@@ -31,6 +31,8 @@ def tables(report: Report) -> Iterator[tuple[str, list[list[str]]]]:
 
 def _title(cell: Report) -> str:
     rate = f" at {cell['rate_per_s']:.3g} a second" if cell["rate_per_s"] else ""
+    if rate and (hurried := cell["reasons"].get("rate_per_s")) is not None:
+        rate += f" (it may bear more: {hurried})"
     slo = cell["slo"]
     limits = [
         f"{name.removesuffix('_s').upper()} {slo[name] * 1e3:g} ms"

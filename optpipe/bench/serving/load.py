@@ -22,7 +22,7 @@ CLOSE = 1.1
 Answer = tuple[int, Any, int]
 """Submitted, what a worker served, done."""
 Asking = Callable[[str, Serve], Answer | None]
-"""Asks an arm; None: it is gone."""
+"""Asks an arm; None: it is gone, or the time is over."""
 ALONE = 4
 NO_RATE = "requests come as the trace or the clients have it"
 SERVED = ("goodput_per_s", "good_share", "ttft_sched_s", "itl_s", "itl_max_s", "total_tokens_per_s",
@@ -131,6 +131,7 @@ def find_rate(load: Load, arms: Sequence[str], ask: Asking, found: Measured) -> 
     rate = found.rates[load.cell] = load.rate(lambda command: ask(arms[0], command))
     if rate is None and load.needs_rate:
         why = f"'{arms[0]}' keeps the objective at no rate that was tried"
+        why += f"; {found.hurried[load.cell]}" if load.cell in found.hurried else ""
         found.dropped |= {(name, load.cell): why for name in arms}
 
 
@@ -152,6 +153,8 @@ def entry(
     why = request.reasons(medians)
     if rate is None:
         why["rate_per_s"] = "it was not found" if cell not in found.rates else NO_RATE
+    if cell in found.hurried:
+        why["rate_per_s"] = found.hurried[cell]
     return {**values, "slo": objective}, why
 
 
@@ -168,11 +171,11 @@ def search(load: Load, run: Callable[[Serve], Served | None]) -> float | None:
         return None
     number = PROBES
 
-    def share(rate_per_s: float) -> float:
+    def share(rate_per_s: float) -> float | None:
         nonlocal number
         number += 1
         if (found := run(load.command(number, rate_per_s))) is None:
-            return 0.0
+            return None
         sched_ns = [one.sched_ns for one in found.requests]
         taken_ns = max(one.end_ns for one in found.requests) - min(sched_ns)
         kept_up = taken_ns <= 1.1 * (max(sched_ns) - min(sched_ns)) + alone_s * 1e9
@@ -182,18 +185,24 @@ def search(load: Load, run: Callable[[Serve], Served | None]) -> float | None:
 
 
 def highest_rate(
-    share: Callable[[float], float], start_per_s: float, wanted: float, steps: int = SEARCH_STEPS
+    share: Callable[[float], float | None],
+    start_per_s: float,
+    wanted: float,
+    steps: int = SEARCH_STEPS,
 ) -> float | None:
     """The highest rate with a good share of at least ``wanted``, by bisection of its logarithm.
 
-    ``share`` serves requests at a rate and tells how many were good. ``start_per_s`` is a guess: it
-    is halved while it is too high and doubled while it is not; then the gap found is bisected.
+    ``share`` serves requests at a rate and tells how many were good; None ends the search.
+    ``start_per_s`` is a guess: it is halved while it is too high and doubled while it is not; then
+    the gap found is bisected.
     At most ``steps`` rates are tried. The answer is one that was tried and was good enough; None:
     not even the lowest was.
     """
     low, high, rate = None, None, start_per_s
     for _ in range(steps):
-        if share(rate) >= wanted:
+        if (good := share(rate)) is None:
+            break
+        if good >= wanted:
             low = rate
         else:
             high = rate

@@ -66,6 +66,8 @@ class Measured:
     """The prompts of scenarios that have their own."""
     rates: dict[Cell, float | None] = field(default_factory=dict)
     """Requests a second of cells that have a server; None: they have no rate of their own."""
+    hurried: dict[Cell, str] = field(default_factory=dict)
+    """Cells whose rate might be higher if the search for it had had more time, and why."""
     samples: list[Sample] = field(default_factory=list)
     dropped: dict[tuple[str, Cell], str] = field(default_factory=dict)
     """(arm, cell) -> why it has no numbers."""

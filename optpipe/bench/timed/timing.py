@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from optpipe.bench.evidence.dependence import paired
 from optpipe.bench.evidence.statistics import log_ratios, median
 from optpipe.bench.evidence.stopping import late_start, settled
-from optpipe.bench.serving.load import Answer, find_rate
+from optpipe.bench.serving.load import SEARCH_STEPS, Answer, find_rate
 from optpipe.bench.serving.serve import Serve
 from optpipe.bench.timed.blocks import Blocks
 from optpipe.bench.timed.samples import Sample
@@ -82,17 +82,25 @@ class Timer:
                 found.dropped[name, cell] = f"not measured: {why}"
 
     def _find_rate(self, budget_s: float) -> None:
-        """At which requests come, where the cell has a server; no rate is tried in overtime."""
-        blocks = self.blocks
+        """At which requests come, where the cell has a server.
+
+        One request alone and one rate are tried whatever the time, no further rate in overtime.
+        """
+        blocks, clock = self.blocks, self.blocks.session.clock
         if blocks.load is None:
             return
-        begin_ns, asked = blocks.session.clock(), 0
+        end_ns, asked = clock() + min(budget_s, 1e9) * 1e9, 0
 
         def ask(name: str, command: Serve) -> Answer | None:
             nonlocal asked
+            if asked > 1 and clock() > end_ns:
+                blocks.found.hurried[blocks.cell] = (
+                    f"the time budget (bench.budget_s={blocks.config.budget_s:g}) ended the search "
+                    f"after {asked - 1} of at most {SEARCH_STEPS} rates"
+                )
+                return None
             asked += 1
-            late = blocks.session.clock() > begin_ns + min(budget_s, 1e9) * 1e9
-            return None if late and asked > 2 else blocks.ask(name, command)
+            return blocks.ask(name, command)
 
         find_rate(blocks.load, blocks.arms(), ask, blocks.found)
 
