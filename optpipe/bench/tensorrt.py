@@ -79,9 +79,7 @@ class TensorRT(Backend):
         self.dtype = str(self._dtype).removeprefix("torch.")
         self.weight_bytes = (artifact.path / DATA).stat().st_size  # a plan has kernels, too
         self._caches = [name for name in self._tensors if name.startswith(PAST)]
-        self._cache = {
-            name: self._gpu.zeros(self._full(name), self._dtype) for name in self._caches
-        }
+        self._cache = {n: self._gpu.zeros(self._full(n), self._dtype) for n in self._caches}
         self._numbers = [name for name in NUMBERS if name in self._tensors]
         self._trt, self._engine, self._runtime = trt, engine, runtime
         self._prefill = self._context(PREFILL)
