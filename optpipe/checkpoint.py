@@ -176,6 +176,14 @@ class Checkpoint:
             for tensor, entry in _header(self.path / name).items()
         }
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every stored tensor, from the headers alone."""
+        return {
+            self._prefix + tensor: entry["data_offsets"][1] - entry["data_offsets"][0]
+            for name in sorted(set(self.files.values()))
+            for tensor, entry in _header(self.path / name).items()
+        }
+
     @property
     def size_bytes(self) -> int:
         return sum((self.path / name).stat().st_size for name in set(self.files.values()))

@@ -8,7 +8,6 @@ layers look at a window only, a prompt longer than that.
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from optpipe import model
 from optpipe.artifact import Artifact, Stats, owner
@@ -28,10 +26,10 @@ from optpipe.bounds import departure
 from optpipe.build.tensorrt import check_files
 from optpipe.build.twin import exact_checkpoint, exact_graph
 from optpipe.checkpoint import Checkpoint
+from optpipe.claims import check_claims, layer_facts
 from optpipe.errors import GateError
 from optpipe.export.readback import READERS, read_back
-from optpipe.linear import Layers, Quantized, mask_of, weight_of
-from optpipe.prune.mask import ROW, follows
+from optpipe.linear import Layers
 
 TOLERANCES = {"float32": 2e-4, "float16": 1e-2, "bfloat16": 8e-2, "int8": 5e-2, "rounded": 0.5}
 """Largest accepted error of the logits at any position, relative to their spread there: the root
@@ -145,93 +143,12 @@ def verify_checkpoint(artifact: Artifact, parent: Artifact, planned: Layers | No
     forms = model.layers(checkpoint)
     if planned is not None and (name := departure(forms, planned)) is not None:
         raise GateError(f"layer '{name}' became {forms.get(name)}, planned {planned.get(name)}")
-    facts = _layer_facts(checkpoint, forms, Checkpoint(parent.path))
-    _check_claims(artifact.stats, facts)
+    facts = layer_facts(checkpoint, forms, Checkpoint(parent.path))
+    check_claims(artifact.stats, facts)
     ids_T = torch.from_numpy(_ids(checkpoint.decoder.vocab, 1, PROMPTS[0])[0])
     if not bool(torch.isfinite(final_logits(checkpoint, ids_T)).all()):
         raise GateError(f"the model after '{artifact.name}' gives logits that are not finite")
     return facts
-
-
-def _layer_facts(checkpoint: Checkpoint, forms: Layers, parent: Checkpoint) -> Stats:
-    """What the files hold, layer by layer, summed up. Raises GateError for a broken promise.
-
-    Bits are those per weight of the model as it was, so that factors count for what they replace.
-    """
-    weights = zeros = bits = original = 0.0
-    ranks: dict[str, int] = {}
-    before = parent.forms or {}
-    for name, form in forms.items():
-        if name == checkpoint.decoder.head and checkpoint.head_is_embedding:
-            continue
-        module = model.part(name, forms, checkpoint)
-        weight, mask = weight_of(module), mask_of(module)
-        if not bool(torch.isfinite(weight).all()):
-            raise GateError(f"layer '{name}' holds weights that are not finite")
-        if name in before:
-            _check_kept(name, module, model.part(name, before, parent))
-        if mask is not None:
-            _check_mask(name, weight, mask, form.pattern or ROW)
-        kept = 1.0 if mask is None else float(mask.float().mean())
-        weights += weight.numel()
-        zeros += float((weight == 0).sum())
-        bits += form.stored_bits(checkpoint.layer_dtype(name).itemsize * 8, kept)
-        original += form.rows * form.cols
-        if name.endswith(".right"):
-            layer = name.removesuffix(".right")
-            ranks[layer], left = form.rows, forms[f"{layer}.left"]
-            replaced = 0 if layer.endswith(".residual") else left.rows * form.cols
-            original += replaced - (left.rows + form.cols) * form.rows
-    return {
-        "parameters": _parameters(checkpoint, forms),
-        "sparsity": zeros / weights,
-        "bits_per_weight": bits / original,
-        "ranks": ranks,
-    }
-
-
-def _parameters(checkpoint: Checkpoint, forms: Layers) -> int:
-    """Weights of the model, zeros included, each in however few bits; a tied head once."""
-    tied = checkpoint.decoder.head if checkpoint.head_is_embedding else None
-    found = sum(form.rows * form.cols for name, form in forms.items() if name != tied)
-    for name, shape in checkpoint.shapes().items():
-        owner, _, part = name.rpartition(".")
-        if owner not in forms or part == "bias":
-            found += math.prod(shape)
-    return found
-
-
-def _check_claims(claimed: Stats, found: Stats) -> None:
-    """Raise GateError unless the files hold what the stage says they do."""
-    parameters, sparsity = claimed.get("parameters"), claimed.get("sparsity", 0.0)
-    if parameters not in (None, found["parameters"]):
-        raise GateError(f"{parameters} parameters were claimed, {found['parameters']} are there")
-    if found["sparsity"] < sparsity - 1e-6:
-        raise GateError(f"a sparsity of {sparsity} was claimed, {found['sparsity']} is there")
-    for name, rank in claimed.get("ranks", {}).items():
-        if (there := found["ranks"].get(name)) != rank:
-            raise GateError(f"rank {rank} was claimed for '{name}', {there} is there")
-
-
-def _check_kept(name: str, module: nn.Module, before: nn.Module) -> None:
-    """Raise GateError unless a layer has the mask and the codes that it had before the stage."""
-    mask, old = mask_of(module), mask_of(before)
-    if old is not None and (mask is None or not torch.equal(mask, old)):
-        raise GateError(f"layer '{name}' lost the mask it was pruned with")
-    if isinstance(before, Quantized):
-        zeros = before.zeros
-        if not isinstance(module, Quantized) or not torch.equal(module.codes, before.codes):
-            raise GateError(f"layer '{name}' lost the codes it was quantized to")
-        if zeros is not None and (module.zeros is None or not torch.equal(module.zeros, zeros)):
-            raise GateError(f"layer '{name}' lost the zero points it was quantized with")
-
-
-def _check_mask(name: str, weight_RC: Tensor, mask_RC: Tensor, pattern: str) -> None:
-    """Raise GateError unless the mask is of its pattern and the weight is zero where it says so."""
-    if bool(weight_RC[~mask_RC].any()):
-        raise GateError(f"layer '{name}' has weights where its mask says there are none")
-    if not follows(mask_RC, pattern):
-        raise GateError(f"the mask of layer '{name}' does not follow the pattern '{pattern}'")
 
 
 def parity(artifact: Artifact, reference: Artifact, kind: str | None = None) -> Parity:

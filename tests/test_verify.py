@@ -170,6 +170,46 @@ def test_codes_that_a_later_stage_changed_are_caught(run, tiny):
 @pytest.mark.parametrize(
     ("claim", "message"),
     [
+        ({"bits": 8}, r"8 bits were claimed, \[3\] are there"),
+        (
+            {"layer_bits": {"model.layers.0.mlp.up_proj": 4}},
+            "4 bits were claimed for 'model.layers",
+        ),
+        (
+            {"bits_per_quantized_weight": 3.4},
+            r"3\.4 bits a quantized weight were claimed, 3\.59375",
+        ),
+    ],
+)
+def test_bits_that_were_claimed_must_be_in_the_files(claim, message, run, tiny):
+    """3 bits, and for each group of 32 a scale of 16 and a zero of 3; rows end at bytes."""
+    before = Artifact(path=tiny(), format="hf", key="k")
+    after = run(Rtn(bits=3, group_size=32, symmetric=False, targets=["*.up_proj"]), tiny())
+    found = verify_checkpoint(after, before, None)
+    assert found["bits_per_quantized_weight"] == 3 + (16 + 3) / 32
+    assert set(found["layer_bits"].values()) == {3} and len(found["layer_bits"]) == 3
+    with pytest.raises(GateError, match=message):
+        verify_checkpoint(replace(after, stats=claim), before, None)
+
+
+def test_a_layer_takes_what_its_form_says(run, tiny):
+    before = Artifact(path=tiny(), format="hf", key="k")
+    after = run(Rtn(bits=4, group_size=32, targets=["*.up_proj"]), tiny())
+    file = next(
+        f
+        for f in after.path.glob("*.safetensors")
+        if "up_proj.scales" in f.read_bytes().decode("latin1")
+    )
+    tensors = load_file(file)
+    name = next(n for n in tensors if n.endswith("up_proj.scales"))
+    save_file({**tensors, name: tensors[name].float()}, file, metadata={"format": "pt"})
+    with pytest.raises(GateError, match=r"up_proj' takes 30720 bits, its form says 27648"):
+        verify_checkpoint(after, before, None)
+
+
+@pytest.mark.parametrize(
+    ("claim", "message"),
+    [
         ({"parameters": 5}, "5 parameters were claimed"),
         ({"sparsity": 0.9}, r"a sparsity of 0\.9 was claimed"),
         ({"ranks": {"model.layers.0.mlp.up_proj": 12}}, "rank 12 was claimed for 'model.layers.0"),

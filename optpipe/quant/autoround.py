@@ -27,7 +27,7 @@ from optpipe.checkpoint import Checkpoint, Writer
 from optpipe.errors import InputError
 from optpipe.family import HEAD
 from optpipe.linear import PER_CHANNEL, Form, Layers, Quantized
-from optpipe.quant.grid import BITS, GROUP_SIZES
+from optpipe.quant.grid import BITS, GROUP_SIZES, stored
 from optpipe.stage import Progress, Stage
 
 
@@ -91,7 +91,12 @@ class AutoRound(Stage):
         head = None if checkpoint.head_is_embedding else lm.get_submodule(decoder.head)
         write_ends(lm, checkpoint, writer, planned, head)
         writer.close(planned)
-        return {"bits": self.bits, "iterations": self.iterations, **self.calib.facts()}
+        return {
+            "bits": self.bits,
+            "iterations": self.iterations,
+            **stored(planned),
+            **self.calib.facts(),
+        }
 
     def tune(self, lm: PreTrainedModel, ids_ST: Tensor) -> None:
         """Round ``lm`` in place; each layer also gets the scales and zeros of its groups."""

@@ -236,11 +236,16 @@ class Quantize(Stage):
 
         observation = self.observation(checkpoint, chosen)
         rewrite(source, out, planned, change, progress, observation)
-        bits = sum(form.stored_bits() for form in planned.values() if form.bits)
-        weights = sum(form.rows * form.cols for form in planned.values() if form.bits)
         facts = observation.facts if observation else {}
-        most = max(planned[name].bits or 0 for name in chosen)
-        return {"bits": most, "bits_per_quantized_weight": bits / weights, **facts}
+        return {"bits": max(planned[name].bits or 0 for name in chosen), **stored(planned), **facts}
+
+
+def stored(planned: Layers) -> Stats:
+    """What a stage claims that all quantized layers take on disk, scales and zeros included."""
+    quantized = [form for form in planned.values() if form.bits]
+    weights = sum(form.rows * form.cols for form in quantized)
+    bits = sum(form.stored_bits() for form in quantized)
+    return {"bits_per_quantized_weight": bits / weights}
 
 
 @dataclass(frozen=True, kw_only=True)

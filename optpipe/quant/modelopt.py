@@ -13,7 +13,7 @@ from optpipe.calibrate import Calib
 from optpipe.checkpoint import Checkpoint
 from optpipe.family import HEAD
 from optpipe.linear import PER_CHANNEL, Form, Layers
-from optpipe.quant.grid import GROUP_SIZES
+from optpipe.quant.grid import GROUP_SIZES, stored
 from optpipe.quant.presets import PRESETS, Rounding, check_preset
 from optpipe.stage import Progress, Stage
 
@@ -65,4 +65,4 @@ class Modelopt(Stage):
         Rounding(presets, self.group_size, self.calib.ids(checkpoint)).write(
             checkpoint, out, planned, progress
         )
-        return {"preset": self.preset, **self.calib.facts()}
+        return {"preset": self.preset, **stored(planned), **self.calib.facts()}
