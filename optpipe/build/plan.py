@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from onnx import GraphProto, TensorProto
+from onnx import GraphProto
 
 from optpipe.build import causal
 from optpipe.build.nvidia import FULL, Package
-from optpipe.export.graph import MODEL, read, tensor
+from optpipe.build.sparse24 import sparse24
+from optpipe.export.graph import MODEL, read
 from optpipe.stage import Progress
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,6 @@ Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 """Input -> least, typical and most shape."""
 LOGITS = 256
 """Most positions of a call whose logits are wanted; longer scores come in parts."""
-WEIGHTS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +52,8 @@ class Built:
     tensors: list[dict[str, Any]]
     """Name, mode, dtype and shape of every input and output; sizes that vary by their symbols."""
     profiles: dict[str, Shapes]
+    sparse24: dict[str, int]
+    """Weights for which sparse kernels were allowed, by type."""
     warnings: list[str]
 
 
@@ -77,7 +78,8 @@ def build(request: Request, folder: Path, out: Path, progress: Progress) -> Buil
     parse(parser, folder, request.attention)
     causal.settle(trt, network, parser)
     config = builder.create_builder_config()
-    _configure(trt, config, request, sparse24(folder))
+    sparse = sparse24(folder)
+    _configure(trt, config, request, bool(sparse))
     profiles = {n: shapes(graph, sizes) for n, sizes in request.profiles.items()}
     for name, inputs in profiles.items():
         profile = builder.create_optimization_profile()
@@ -94,7 +96,8 @@ def build(request: Request, folder: Path, out: Path, progress: Progress) -> Buil
         raise RuntimeError(f"TensorRT built nothing: {logger.said()}")
     out.write_bytes(plan)
     _save_timings(config, request.timing_cache)
-    return Built(tensors=table(network, graph), profiles=profiles, warnings=logger.warnings)
+    tensors = table(network, graph)
+    return Built(tensors=tensors, profiles=profiles, sparse24=sparse, warnings=logger.warnings)
 
 
 def parse(parser: Any, folder: Path, attention: str) -> None:
@@ -129,29 +132,6 @@ def shapes(graph: GraphProto, sizes: dict[str, Range]) -> Shapes:
             )
             found[value.name] = (least, typical, most)
     return found
-
-
-def sparse24(folder: Path) -> bool:
-    """Whether a weight of some product has at most two numbers in every four inputs."""
-    graph = read(folder).graph
-    initializers = {proto.name: proto for proto in graph.initializer}
-    codes = {n.output[0]: n.input[0] for n in graph.node if n.op_type == "DequantizeLinear"}
-    for node in graph.node:
-        if node.op_type != "MatMul":
-            continue
-        proto = initializers.get(codes.get(node.input[1], node.input[1]))
-        if proto is not None and proto.data_type in WEIGHTS and _is24(tensor(folder, proto)):
-            return True
-    return False
-
-
-def _is24(weight_KN: np.ndarray) -> bool:
-    if weight_KN.shape[0] % 4:
-        return False
-    return all(
-        bool((np.count_nonzero(four, axis=0) <= 2).all())
-        for four in weight_KN.reshape(-1, 4, weight_KN.shape[1])
-    )
 
 
 def _configure(trt: Any, config: Any, request: Request, sparse: bool) -> None:

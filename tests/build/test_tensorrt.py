@@ -287,18 +287,6 @@ def test_every_size_that_varies_has_a_range_and_the_cache_keeps_its_capacity(gra
     assert found["write_indices"] == ((1,), (1,), (8,))
 
 
-@pytest.mark.parametrize("sparsity, expected", [(None, False), ("2:4", True), ("4:8", False)])
-def test_sparse_kernels_are_for_weights_that_are_2_4(sparsity, expected, graph, run, tiny):
-    source = run(Magnitude(pattern=sparsity), tiny()) if sparsity else tiny()
-    assert plan.sparse24(graph(source).path) == expected
-
-
-def test_codes_of_a_2_4_weight_are_2_4(graph, run, tiny):
-    pruned = run(Magnitude(pattern="2:4"), tiny())
-    assert plan.sparse24(graph(run(Rtn(bits=8, group_size=-1), pruned)).path)
-    assert not plan.sparse24(graph(run(Rtn(bits=8, group_size=-1), tiny())).path)
-
-
 def test_a_prompt_beyond_the_cache_is_refused(graph, tiny, run):
     with pytest.raises(InputError, match=r"max_prompt 129 exceeds export.capacity 128"):
         TensorRT(max_prompt=129).follow([Onnx()], Checkpoint(tiny()))
@@ -571,11 +559,3 @@ def test_a_plan_is_not_loaded_where_it_cannot_run(engine, monkeypatch):
     assert "the plan is of tensorrt_rtx 1.6.0, installed is" in missing(made)
     (made.path / tensorrt.SIDECAR).write_text(json.dumps({**told, "package": "tensorrt_xl"}))
     assert missing(made) == "package 'tensorrt_xl' is not installed"
-
-
-def test_a_dense_weight_beside_others_is_not_2_4():
-    weight = np.ones((8, 2))
-    weight[::2] = 0
-    assert plan._is24(weight)
-    weight[0, 1] = 1
-    assert not plan._is24(weight) and not plan._is24(np.zeros((6, 2)))
