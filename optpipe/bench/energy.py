@@ -129,7 +129,7 @@ def power(readings: Sequence[Reading], begin_ns: int, end_ns: int) -> Power | st
 
 def counter_of(gpu: str | None) -> Counter:
     """That of a GPU by its UUID, or of the CPU. Raises OSError where there is none."""
-    return Rapl() if gpu is None else nvml.Counter(gpu)
+    return Rapl() if gpu is None else nvml.Board(gpu)
 
 
 def measure_energy(
@@ -145,9 +145,12 @@ def measure_energy(
     missing: dict[str | None, str] = {}
     for gpu in {loaded.gpu for loaded in session.loaded.values()}:
         try:
-            counters[gpu] = find(gpu)
+            counter = find(gpu)
+            counter.joules()
         except OSError as error:
             missing[gpu] = f"no counter of energy: {error}"
+        else:
+            counters[gpu] = counter
     idle = {gpu: _idle(counter, session.clock) for gpu, counter in counters.items()}
     arms = [name for name in session.workers if name != AGAIN]
     for index, (cell, name) in enumerate((cell, name) for cell in cells for name in arms):

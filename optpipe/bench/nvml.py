@@ -58,8 +58,8 @@ def current(found: list[Facts], visible: str | None) -> Facts | None:
     return next((gpu for gpu in found if first and (gpu["uuid"] or "").startswith(first)), None)
 
 
-class Counter:
-    """The counters of one GPU. Raises OSError where the driver has none for it."""
+class Board:
+    """One GPU, to be read while it works. Raises OSError for what the driver does not tell."""
 
     name = "NVML, the whole board"
 
@@ -71,7 +71,6 @@ class Counter:
         code = self._library.nvmlDeviceGetHandleByUUID(c_char_p(uuid.encode()), byref(self._handle))
         if code != OK:
             raise OSError(f"NVML knows no GPU '{uuid}' (code {code})")
-        self.joules()
 
     def joules(self) -> float:
         """Energy since the driver was loaded."""
@@ -88,8 +87,10 @@ class Counter:
             raise OSError("the driver does not tell the power of this GPU")
         return value / 1e3
 
-    def close(self) -> None:
-        self._library.nvmlShutdown()
+    def slowed(self) -> str:
+        """Why its clocks are lower than the work would have them; empty: they are not."""
+        limits = _limits(self._library, self._handle) or []
+        return ", ".join(limit for limit in limits if limit in SLOWED.values())
 
 
 def read(library: Any) -> Iterator[Facts]:

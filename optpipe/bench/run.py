@@ -24,6 +24,7 @@ from optpipe.bench.pages import tables
 from optpipe.bench.resident import Residents, plan_twice, reside
 from optpipe.bench.scenario import Cell, Scenario, cells, prompt_seed, read_texts
 from optpipe.bench.timed.anchored import Alternation
+from optpipe.bench.timed.contention import meter_of
 from optpipe.bench.timed.measure import BenchConfig, Session, measure
 from optpipe.bench.timed.samples import AGAIN
 from optpipe.bench.timed.selftest import SHORT_RUNS, selftest
@@ -191,6 +192,7 @@ def _side_by_side(outcome: Outcome, number: int, given: Sequence[Arm], progress:
             workers=residents.workers,
             loaded=residents.loaded,
             budget_s=bench.budget_s / len(outcome.sessions),
+            meter=meter_of({told.gpu for told in residents.loaded.values() if told.gpu}),
         )
         if residents.workers:
             measure(session, outcome.cells, bench, outcome.measured, progress)

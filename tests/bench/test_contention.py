@@ -1,6 +1,8 @@
+from types import SimpleNamespace
+
 import pytest
 
-from optpipe.bench.timed.contention import Ticks, Watch, ticks
+from optpipe.bench.timed.contention import Ticks, Watch, meter_of, ticks
 
 
 def watched(cpu_s=2.0, history=5):
@@ -38,6 +40,26 @@ def test_a_burst_of_others_above_what_is_usual(busy_s, stolen_s, said):
     before, after = Ticks(busy_s=0, stolen_s=0), Ticks(busy_s=busy_s, stolen_s=stolen_s)
     found = watched().disturbed("arm", 1.0, 2.0, before, after)
     assert found is None if said is None else said in found
+
+
+def test_a_gpu_that_is_slowed_now_and_then_taints_the_turn_and_one_that_always_is_does_not():
+    def turns(slowed):
+        watch, still = Watch(meter=lambda: None, cores=4), Ticks(busy_s=0, stolen_s=0)
+        after = [Ticks(busy_s=0, stolen_s=0, slowed=why) for why in slowed]
+        return [watch.disturbed("arm", 1.0, 0.1, still, one) for one in after]
+
+    hot = "thermal, hardware"
+    assert turns([""] * 5 + [hot, ""]) == [None] * 5 + [f"the GPU was slowed: {hot}", None]
+    assert not any(turns([hot] * 9)), "it falls on all arms alike"
+    assert not any(turns([hot, hot, hot])), "nothing is unusual yet"
+
+
+def test_the_meter_of_gpus_tells_what_slows_each():
+    said = {"GPU-1": "", "GPU-2": "power brake"}
+    read = meter_of(said, lambda uuid: SimpleNamespace(slowed=lambda: said[uuid]))
+    assert read() is None or read().slowed == "power brake"
+    said["GPU-2"] = ""
+    assert read() is None or read().slowed == ""
 
 
 def test_this_machine_tells_its_ticks():

@@ -158,7 +158,7 @@ def test_rapl_adds_the_packages_and_goes_on_where_they_wrap(tmp_path):
 
 
 def test_nvml_counts_millijoules_of_the_gpu_with_that_uuid():
-    class Board(Driver):
+    class Stand(Driver):
         def _answer(self, name, given):
             if name == "nvmlDeviceGetHandleByUUID":
                 assert given[0].value == b"GPU-7"
@@ -168,12 +168,15 @@ def test_nvml_counts_millijoules_of_the_gpu_with_that_uuid():
                 return super()._answer(name, given)
             return nvml.OK
 
-    counter = nvml.Counter("GPU-7", Board())
-    assert (counter.joules(), counter.watts()) == (2**40 / 1e3, 123.456)
+    board = nvml.Board("GPU-7", Stand())
+    assert (board.joules(), board.watts(), board.slowed()) == (2**40 / 1e3, 123.456, "")
+    hot = Stand()
+    hot.bits = 0x40 | 0x4
+    assert nvml.Board("GPU-7", hot).slowed() == "thermal, hardware", "a power cap is normal"
     with pytest.raises(OSError, match="counts no energy of this GPU"):
-        nvml.Counter("GPU-7", Board(nvmlDeviceGetTotalEnergyConsumption=3))
+        nvml.Board("GPU-7", Stand(nvmlDeviceGetTotalEnergyConsumption=3)).joules()
     with pytest.raises(OSError, match="no GPU 'GPU-7'"):
-        nvml.Counter("GPU-7", Board(nvmlDeviceGetHandleByUUID=6))
+        nvml.Board("GPU-7", Stand(nvmlDeviceGetHandleByUUID=6))
 
 
 def test_reports_show_what_was_counted_and_why_the_rest_was_not(counted):

@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from optpipe.bench import nvml
 from optpipe.bench.evidence.statistics import median
 from optpipe.bench.machine import usable_cores
 
@@ -37,6 +38,8 @@ class Ticks:
 
     busy_s: float
     stolen_s: float
+    slowed: str = ""
+    """Why the driver holds the clocks of a GPU down, other than by its power limit."""
 
 
 Meter = Callable[[], Ticks | None]
@@ -55,6 +58,17 @@ def ticks() -> Ticks | None:
     return Ticks(busy_s=busy / hertz, stolen_s=sum(core[7] for core in cores) / hertz)
 
 
+def meter_of(gpus: Iterable[str], board: Callable[[str], nvml.Board] = nvml.Board) -> Meter:
+    """Ticks that also tell what slows these GPUs, by their UUIDs."""
+    boards = [board(gpu) for gpu in gpus]
+
+    def read() -> Ticks | None:
+        found, slowed = ticks(), {why for one in boards if (why := one.slowed())}
+        return found and replace(found, slowed=", ".join(sorted(slowed)))
+
+    return read
+
+
 @dataclass(kw_only=True)
 class Watch:
     """What is usual in one cell of one session."""
@@ -64,6 +78,7 @@ class Watch:
     _work: dict[str, deque[float]] = field(default_factory=dict)
     _others: list[float] = field(default_factory=list)
     _stolen: list[float] = field(default_factory=list)
+    _slowed: list[float] = field(default_factory=list)
 
     def disturbed(
         self, arm: str, wall_s: float, cpu_s: float, before: Ticks | None, after: Ticks | None
@@ -77,7 +92,15 @@ class Watch:
             stolen = (after.stolen_s - before.stolen_s) / (wall_s * self.cores)
             found.append(_unusual(self._others, others, OTHERS, "other processes"))
             found.append(_unusual(self._stolen, stolen, STOLEN, "the hypervisor"))
+            found.append(self._held_down(after.slowed))
         return next((why for why in found if why), None)
+
+    def _held_down(self, slowed: str) -> str | None:
+        """Whether a GPU was slowed that is not so most of the time."""
+        history = self._slowed
+        is_usual = len(history) < HISTORY or median(history) > 0
+        history.append(float(bool(slowed)))
+        return f"the GPU was slowed: {slowed}" if slowed and not is_usual else None
 
     def _contended(self, work: Sequence[float], share: float) -> str | None:
         if len(work) < HISTORY or (usual := median(work)) < BUSY or share * CONTENTION >= usual:
