@@ -24,7 +24,7 @@ from optpipe.bench.machine import usable_cores
 from optpipe.blockwise import final_logits
 from optpipe.bounds import departure
 from optpipe.build.tensorrt import check_files
-from optpipe.build.twin import exact_checkpoint, exact_graph
+from optpipe.build.twin import exact_checkpoint, exact_graph, runnable_graph
 from optpipe.checkpoint import Checkpoint
 from optpipe.claims import check_claims, layer_facts
 from optpipe.errors import GateError
@@ -89,15 +89,18 @@ def verify(artifact: Artifact, reference: Artifact, planned: Layers | None) -> S
     source = Checkpoint(reference.path)
     rounds = source.cache is not None or any(f.inputs for f in model.layers(source).values())
     narrow = artifact.stats.get("dtype") == "bfloat16"
-    if not (rounds or narrow or artifact.stats.get("int8_activations")):
+    blocks = "blocks" in artifact.stats
+    if not (rounds or narrow or blocks or artifact.stats.get("int8_activations")):
         return {**facts, "parity": asdict(parity(artifact, reference))}
     beside = artifact.path.parent  # on the same disk
     with tempfile.TemporaryDirectory(dir=beside, prefix=f".twin.{owner()}.") as folder:
         exact = _twins(artifact, reference, Path(folder), rounds)
         exactly = parity(*exact, "bfloat16" if narrow else None)
-    if narrow:  # which ONNX Runtime cannot multiply
-        return {**facts, "parity": asdict(exactly)}
-    rounded = parity(artifact, reference, "rounded" if rounds else "int8")
+        if narrow or (blocks and not rounds):  # which ONNX Runtime cannot multiply
+            return {**facts, "parity": asdict(exactly)}
+        if blocks:
+            artifact = _runnable(artifact, Path(folder))
+        rounded = parity(artifact, reference, "rounded" if rounds else "int8")
     return {**facts, "parity": asdict(rounded), "parity_float_activations": asdict(exactly)}
 
 
@@ -115,13 +118,20 @@ def _twins(
     return replace(artifact, path=graph), reference
 
 
+def _runnable(artifact: Artifact, folder: Path) -> Artifact:
+    """The graph with the same rounding, in operators that ONNX Runtime has."""
+    (out := folder / "runnable").mkdir()
+    runnable_graph(artifact.path, out)
+    return replace(artifact, path=out)
+
+
 def verify_plan(artifact: Artifact, reference: Artifact, planned: Layers | None) -> Stats:
     """The graph that was built, on ONNX Runtime; the plan itself where there is a GPU for it."""
     check_files(artifact.path)
     graph = replace(artifact, format="onnx")
     found = verify(graph, reference, planned)
     with tempfile.TemporaryDirectory(dir=graph.path.parent, prefix=f".twin.{owner()}.") as folder:
-        narrow = artifact.stats.get("dtype") == "bfloat16"  # ONNX Runtime cannot multiply that
+        narrow = artifact.stats.get("dtype") == "bfloat16" or "blocks" in artifact.stats
         check_full(_twins(graph, reference, Path(folder), False)[0] if narrow else graph)
     if backend_class(artifact.format).missing(artifact) is None:
         found["parity_plan"] = asdict(parity(artifact, reference))

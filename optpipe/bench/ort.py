@@ -23,6 +23,8 @@ class Ort(Backend):
     def missing(cls, artifact: Artifact) -> str | None:
         if artifact.stats.get("dtype") == "bfloat16":
             return "ONNX Runtime multiplies no bfloat16 on a CPU"
+        if blocks := artifact.stats.get("blocks"):
+            return f"ONNX Runtime has no kernel of {' and '.join(blocks)} on a CPU"
         return None
 
     def prefill(self, ids_BS: Ids, lengths_B: Ids) -> Logits:

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from onnx import NodeProto, helper
 
-from optpipe.build import integer, nbits
+from optpipe.build import integer, nbits, substitute
 from optpipe.build.attention import AttentionRule, emit_lengths
 from optpipe.build.match import CONTRIB, Match, Product
 from optpipe.export.graph import Graph, read, tensor
@@ -30,9 +30,11 @@ class Lowering:
 
     def __init__(self, source: Path, out: Path, accuracy_level: int) -> None:
         self.source, self.accuracy_level = source, accuracy_level
-        self.model = read(source)
+        self.model, self.scratch = read(source), out / substitute.SCRATCH
+        if substitute.needed(self.model):
+            substitute.weights(self.model, source, self.scratch)
         self.old = self.model.graph
-        self.new = Graph(out, contrib=True)
+        self.new = Graph(out)
         self.maker = {name: node for node in self.old.node for name in node.output}
         self.weights = {proto.name: proto for proto in self.old.initializer}
 
@@ -49,6 +51,7 @@ class Lowering:
         self.new.outputs.extend(self.old.output)
         properties = {prop.key: prop.value for prop in self.model.metadata_props}
         self.new.save(**{**properties, "form": "fused"})
+        self.scratch.unlink(missing_ok=True)
 
     def _matches(self) -> dict[str, Match]:
         """Who makes each value of the new graph; a later rule overrides an earlier one."""

@@ -18,7 +18,7 @@ import torch
 from onnx import GraphProto, TensorProto
 
 from optpipe.errors import InputError, one_line
-from optpipe.linear import Layers
+from optpipe.linear import Form, Layers
 
 FULL, RTX = "tensorrt", "tensorrt_rtx"
 PACKAGES = (FULL, RTX)
@@ -28,9 +28,12 @@ LOWER_RIGHT = (11, 0)
 """The first TensorRT whose attention has a causal kind and lengths of keys."""
 EXTRA = {FULL: "tensorrt", RTX: "tensorrt-rtx"}
 TARGETS = ("current", "sm75", "sm80", "sm86", "sm89", "sm90", "sm100", "sm120", "sm121")
+FIRST = {"fp8": 89, "mxfp8": 89, "nvfp4": 100}
+"""The first compute capability that a plan with weights in these numbers is built for."""
 FLAGS = ("weight_streaming", "refit", "version_compatible", "ampere_plus")
 PORTABLE = "sm80, sm86, sm89, sm120 and later"
 PORTABLE_FP8 = "sm89, sm120 and later"
+PORTABLE_FP4 = "sm120 and later"
 """What TensorRT for RTX builds for unless it is told otherwise, by its documentation."""
 AMPERE_PLUS = "sm80 and later"
 """What TensorRT builds for with that flag."""
@@ -147,21 +150,33 @@ def _release(version: str) -> tuple[int, ...]:
 
 def portable(graph: GraphProto) -> str:
     """Which GPUs a plan of tensorrt_rtx for no target in particular runs on."""
-    fp8 = any(t.data_type == TensorProto.FLOAT8E4M3FN for t in graph.initializer)
-    return PORTABLE_FP8 if fp8 else PORTABLE
+    types = {t.data_type for t in graph.initializer}
+    if TensorProto.FLOAT4E2M1 in types:
+        return PORTABLE_FP4
+    return PORTABLE_FP8 if TensorProto.FLOAT8E4M3FN in types else PORTABLE
 
 
 def refuse_layers(layers: Layers, target: str | None) -> str | None:
     """Why TensorRT cannot multiply with one of these layers, if it cannot."""
     for name, form in layers.items():
-        if form.bits is None:
-            continue
-        if not form.symmetric:
-            return f"layer '{name}' has zero points, TensorRT takes symmetric=true only"
-        if form.inputs is not None and not form.static_inputs:
-            return f"layer '{name}' rounds its inputs by '{form.inputs}', TensorRT by one scale"
-        if target == "sm75" and form.number == "int" and form.bits < 8:
-            return f"layer '{name}' has weights of {form.bits} bits, which sm75 cannot unpack"
-        if target and form.number == "fp8" and capability(target) < 89:
-            return f"layer '{name}' has fp8 weights, which begin with sm89, not {target}"
+        if form.bits is not None and (why := _refuse(form, target)) is not None:
+            return f"layer '{name}' {why}"
+    return None
+
+
+def _refuse(form: Form, target: str | None) -> str | None:
+    if not form.symmetric:
+        return "has zero points, TensorRT takes symmetric=true only"
+    if form.inputs is not None and form.inputs.endswith("_token"):
+        return f"rounds its inputs by '{form.inputs}', TensorRT by one scale"
+    if form.inputs == "fp8_tensor" and form.number == "int":
+        return (
+            f"has int{form.bits} weights and fp8 inputs, of which TensorRT makes no product; "
+            "export=trtllm does, and so does build=ort"
+        )
+    if target == "sm75" and form.number == "int" and (form.bits or 8) < 8:
+        return f"has weights of {form.bits} bits, which sm75 cannot unpack"
+    first = FIRST.get(form.number, 0)
+    if target and capability(target) < first:
+        return f"has {form.number} weights, which begin with sm{first}, not {target}"
     return None

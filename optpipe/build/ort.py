@@ -42,6 +42,15 @@ class Ort(Stage):
                 f"accuracy_level must be 1 (float32) or 4 (int8), got {self.accuracy_level}"
             )
 
+    def plan(self, layers: Layers) -> Layers:
+        for name, form in layers.items():
+            if form.inputs is not None and form.inputs.endswith("_block"):
+                raise ValueError(
+                    f"layer '{name}' rounds its inputs by '{form.inputs}', for which ONNX Runtime "
+                    "has no kernel on a CPU; set quant.activations=none, or end in TensorRT"
+                )
+        return layers
+
     def run(self, source: Artifact, out: Path, progress: Progress) -> Stats:
         _check_dtype(source.stats.get("dtype"))
         progress("lowering", 0, 1)

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
+from optpipe.build import substitute
 from optpipe.build.attention import QUANTIZED
 from optpipe.checkpoint import FORMS
 from optpipe.export.graph import DATA, MODEL, SESSION, Graph, read, tensor
@@ -40,11 +41,22 @@ def exact_graph(folder: Path, out: Path) -> None:
     """
     model = read(folder)
     _unround(model)
+    _write(model, folder, out)
+
+
+def runnable_graph(folder: Path, out: Path) -> None:
+    """A canonical graph in ``out`` that rounds as it did, in operators that ONNX Runtime has."""
+    model = read(folder)
+    substitute.roundings(model)
+    _write(model, folder, out)
+
+
+def _write(model: ModelProto, folder: Path, out: Path) -> None:
     dtype = model.graph.output[0].type.tensor_type.elem_type
     for value in [*model.graph.input, *model.graph.output]:
         _float_cache(value, dtype)
-    if dtype == TensorProto.BFLOAT16:
-        return _widen(model, folder, out)
+    if dtype == TensorProto.BFLOAT16 or substitute.needed(model):
+        return _rewrite(model, folder, out)
     for node in model.graph.node:
         for attribute in node.attribute:
             if attribute.name == "accuracy_level":
@@ -58,8 +70,9 @@ def exact_graph(folder: Path, out: Path) -> None:
         shutil.copyfile(folder / DATA, out / DATA)
 
 
-def _widen(model: ModelProto, folder: Path, out: Path) -> None:
-    """The graph in float32, with the values that its bfloat16 weights have."""
+def _rewrite(model: ModelProto, folder: Path, out: Path) -> None:
+    """With weights of its own: bfloat16 ones in float32, codes that ONNX Runtime reads."""
+    substitute.weights(model, folder, out / substitute.SCRATCH)
     wide = Graph(out)
     for proto in model.graph.initializer:
         data, dtype = tensor(folder, proto), proto.data_type
@@ -72,6 +85,7 @@ def _widen(model: ModelProto, folder: Path, out: Path) -> None:
     wide.nodes, wide.inputs = list(model.graph.node), list(model.graph.input)
     wide.outputs = list(model.graph.output)
     wide.save(**{p.key: p.value for p in model.metadata_props})
+    (out / substitute.SCRATCH).unlink()
 
 
 def _float_cache(value: ValueInfoProto, dtype: int) -> None:
@@ -81,17 +95,20 @@ def _float_cache(value: ValueInfoProto, dtype: int) -> None:
 
 def _unround(model: ModelProto) -> None:
     """Pass what QuantizeLinear reads to whatever used what it makes; caches hold floats."""
-    source = {n.output[0]: n.input[0] for n in model.graph.node if n.op_type == "QuantizeLinear"}
+    rounds = ("QuantizeLinear", *substitute.DYNAMIC)
+    source = {
+        name: n.input[0] for n in model.graph.node if n.op_type in rounds for name in n.output
+    }
     passed: dict[str, str] = {}
     kept: list[NodeProto] = []
     for node in model.graph.node:
-        if node.op_type == "DequantizeLinear" and node.input[0] in source:
+        if node.op_type in substitute.BACK and node.input[0] in source:
             passed[node.output[0]] = source[node.input[0]]
         elif node.op_type == "DequantizeLinear" and node.input[0].startswith("present."):
             passed[node.output[0]] = node.input[0]
         elif node.op_type == "MatMulIntegerToFloat":
             kept += _floats(node, source[node.input[0]])
-        elif node.op_type != "QuantizeLinear":
+        elif node.op_type not in rounds:
             _plain(node)
             scattered = source if node.op_type == "TensorScatter" else {}
             node.input[:] = [scattered.get(n, passed.get(n, n)) for n in node.input]

@@ -19,6 +19,7 @@ become floats when it loads the graph."""
 INTEGER_SESSION = {"session.x64quantprecision": "1"}
 """For products of 8-bit integers, which would saturate at 16 bits where a CPU has no VNNI; the
 loader leaves it out where there is one, because there it is 3.5 times slower."""
+FOUR_BITS = (TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT4E2M1)
 OPSET = 24
 IR_VERSION = 11
 ALIGN = 4096  # a page, so that a runtime can map a weight instead of reading it
@@ -31,9 +32,8 @@ class Graph:
     SESSION holds the settings ONNX Runtime needs to run the graph, if it needs any.
     """
 
-    def __init__(self, out: Path, contrib: bool = False) -> None:
+    def __init__(self, out: Path) -> None:
         self.out = out
-        self.contrib = contrib
         self.nodes: list[NodeProto] = []
         self.inputs: list[ValueInfoProto] = []
         self.outputs: list[ValueInfoProto] = []
@@ -92,9 +92,9 @@ class Graph:
         graph = helper.make_graph(
             self.nodes, "decoder", self.inputs, self.outputs, [*self.initializers.values()]
         )
+        domains = {node.domain for node in self.nodes} - {""}
         opsets = [helper.make_opsetid("", OPSET)]
-        if self.contrib:
-            opsets.append(helper.make_opsetid("com.microsoft", 1))
+        opsets += [helper.make_opsetid(domain, 1) for domain in sorted(domains)]
         model = helper.make_model(
             graph, opset_imports=opsets, producer_name="optpipe", ir_version=IR_VERSION
         )
@@ -136,9 +136,9 @@ def read(folder: Path) -> onnx.ModelProto:
 
 
 def tensor(folder: Path, proto: TensorProto) -> np.ndarray:
-    """One weight. 4-bit integers come as their packed bytes, flat; bfloat16 as ml_dtypes."""
+    """One weight. 4-bit codes come as their packed bytes, flat; bfloat16 as ml_dtypes."""
     if proto.data_location != TensorProto.EXTERNAL:
-        if proto.data_type in (TensorProto.INT4, TensorProto.UINT4):
+        if proto.data_type in FOUR_BITS:
             return np.frombuffer(proto.raw_data, dtype=np.uint8)
         return numpy_helper.to_array(proto)
     place = {entry.key: entry.value for entry in proto.external_data}
@@ -149,6 +149,6 @@ def tensor(folder: Path, proto: TensorProto) -> np.ndarray:
         offset=int(place["offset"]),
         shape=(int(place["length"]),),
     )
-    if proto.data_type in (TensorProto.INT4, TensorProto.UINT4):
+    if proto.data_type in FOUR_BITS:
         return data
     return data.view(helper.tensor_dtype_to_np_dtype(proto.data_type)).reshape(tuple(proto.dims))

@@ -6,7 +6,8 @@ static-capacity cache written by TensorScatter, Attention with an explicit boole
 ``position_ids`` (TensorRT's parser ignores ``nonpad_kv_seqlen`` and reads ``is_causal`` as
 upper-left, without a warning), quantized weights as DequantizeLinear of their codes, rounded
 inputs as QuantizeLinear and DequantizeLinear. Rounded with a scale per token, these two work on
-blocks as wide as a token, which TensorRT does not take.
+blocks as wide as a token, which TensorRT does not take. NVFP4 and MXFP8 are as TensorRT documents
+them, partly in operators of its own; ONNX Runtime runs neither on a CPU.
 
 Inputs, with B rows, S tokens of this call, L positions whose logits are wanted, P the capacity:
 
@@ -69,12 +70,6 @@ class Onnx(Stage):
                 f"capacity must be at least {MIN_CAPACITY} tokens, got {self.capacity}"
             )
 
-    def plan(self, layers: Layers) -> Layers:
-        for name, form in layers.items():
-            if form.number in BLOCKS:
-                raise ValueError(f"layer '{name}' is in {form.number}, which is not exported yet")
-        return layers
-
     def inputs(self, model: Checkpoint) -> None:
         _check_rope(model, self.tokens(model))
 
@@ -103,7 +98,9 @@ class Onnx(Stage):
         Emitter(checkpoint, out, DTYPES[self.dtype], capacity).emit(progress)
         copy_side_files(source.path, out)
         bits = _bits_per_weight(checkpoint, DTYPES[self.dtype].itemsize * 8)
-        return {"dtype": self.dtype, "capacity": capacity, "bits_per_weight": bits}
+        blocks = sorted({form.number for form in model.layers(checkpoint).values()} & {*BLOCKS})
+        stats = {"dtype": self.dtype, "capacity": capacity, "bits_per_weight": bits}
+        return {**stats, "blocks": blocks} if blocks else stats
 
 
 def graph_bits(layers: Layers, rest: int, float_bits: int) -> float:
@@ -112,8 +109,9 @@ def graph_bits(layers: Layers, rest: int, float_bits: int) -> float:
     for form in layers.values():
         code = float_bits if form.bits is None else max(4, form.bits)
         per_group = 0 if form.bits is None else float_bits + (0 if form.symmetric else code)
+        per_group = 8 if form.number in BLOCKS else per_group
         bits += form.rows * form.cols * code + form.scales * per_group
-        bits += float_bits * form.static_inputs
+        bits += float_bits * form.static_inputs + 32 * (form.number == "nvfp4")
     return bits
 
 

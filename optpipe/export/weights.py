@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from optpipe import model
 from optpipe.checkpoint import Checkpoint
 from optpipe.export.graph import Graph
-from optpipe.linear import LARGEST, PER_TENSOR, Corrected, Form, LowRank, Quantized, pack
+from optpipe.linear import BLOCKS, LARGEST, PER_TENSOR, Corrected, Form, LowRank, Quantized, pack
+from optpipe.microscaling import BLOCK
 
 ONNX_DTYPES = {
     torch.float32: TensorProto.FLOAT,
@@ -21,6 +22,9 @@ ONNX_DTYPES = {
     torch.bfloat16: TensorProto.BFLOAT16,
 }
 NUMBERS = {"int8": TensorProto.INT8, "fp8": TensorProto.FLOAT8E4M3FN}
+TRT = "trt"
+"""Domain of TensorRT's own operators: ONNX has neither e8m0 scales that TensorRT reads nor scales
+that are found as inputs come."""
 BUFFER = 1 << 15
 """Elements converted at a time: few enough to stay in the cache and for one thread of torch."""
 
@@ -67,6 +71,8 @@ class Weights:
         takes; fewer than 4 bits travel in 4-bit integers.
         """
         form, g = module.form, self.graph
+        if form.number in BLOCKS:
+            return self._blocks(name, module)
         assert form.bits is not None
         symmetric = module.zeros is None
         if form.number == "fp8":
@@ -85,6 +91,53 @@ class Weights:
             where = {"axis": 1} if form.groups == 1 else blocks
         return g.node("DequantizeLinear", inputs, f"{name}.dequantized", **where)
 
+    def _blocks(self, name: str, module: Quantized) -> str:
+        """A (K, N) weight in blocks along K whose scales are 8-bit floats, as TensorRT reads it."""
+        form, g = module.form, self.graph
+        scales_GR = module.scales.view(torch.uint8).T.contiguous()
+        shape = (form.groups, form.rows)
+        where: dict[str, Any] = {"axis": 0, "block_size": form.group_size}
+        if form.number == "mxfp8":
+            bytes_CR = module.codes.T.contiguous().numpy()
+            shape_CR = (form.cols, form.rows)
+            codes = g.raw(f"{name}.codes", TensorProto.FLOAT8E4M3FN, shape_CR, [bytes_CR])
+            exponents = g.raw(f"{name}.scales", TensorProto.UINT8, shape, [scales_GR.numpy()])
+            return self._dequantize_mx(codes, exponents, f"{name}.dequantized", where)
+        assert module.global_scale is not None
+        codes = self._nibbles(f"{name}.codes", TensorProto.FLOAT4E2M1, module.codes)
+        stored = g.raw(f"{name}.scales", TensorProto.FLOAT8E4M3FN, shape, [scales_GR.numpy()])
+        whole = self._global(f"{name}.global_scale", module.global_scale)
+        steps = self._steps(stored, whole, f"{name}.steps")
+        return g.node("DequantizeLinear", [codes, steps], f"{name}.dequantized", **where)
+
+    def _global(self, name: str, scale: Tensor) -> str:
+        """A global scale, which is float32 in any graph."""
+        return self.graph.constant(name, scale.float().reshape(()).numpy())
+
+    def _steps(self, scales: str, whole: str, output: str) -> str:
+        """Scales in e4m3 times their global one."""
+        dtype = self.onnx_dtype
+        return self.graph.node("DequantizeLinear", [scales, whole], output, output_dtype=dtype)
+
+    def _dequantize_mx(self, codes: str, exponents: str, output: str, where: dict[str, Any]) -> str:
+        return self.graph.node("TRT_MXFP8DequantizeLinear", [codes, exponents], output,
+                               domain=TRT, **where, output_dtype=self.onnx_dtype)  # fmt: skip
+
+    def _round_blocks(self, x: str, name: str, number: str, whole: Tensor | None) -> str:
+        """Inputs as codes and back, with scales of blocks found as they come."""
+        g = self.graph
+        where: dict[str, Any] = {"axis": -1, "block_size": BLOCK[number]}
+        made = [f"{name}.codes_in", f"{name}.scales_in"]
+        if whole is None:
+            g.add("TRT_MXFP8DynamicQuantize", [x], made, domain=TRT, **where,
+                  output_dtype=TensorProto.FLOAT8E4M3FN)  # fmt: skip
+            return self._dequantize_mx(made[0], made[1], f"{name}.rounded_in", where)
+        scale = self._global(f"{name}.input_scale", whole)
+        g.add("TRT_FP4DynamicQuantize", [x, scale], made, domain=TRT, **where,
+              scale_type=TensorProto.FLOAT8E4M3FN)  # fmt: skip
+        steps = self._steps(made[1], scale, f"{name}.steps_in")
+        return g.node("DequantizeLinear", [made[0], steps], f"{name}.rounded_in", **where)
+
     def _round(self, x: str, name: str, module: Quantized) -> str:
         """Quantize and DequantizeLinear of the inputs, once for layers that share them."""
         form, g = module.form, self.graph
@@ -94,8 +147,11 @@ class Weights:
         key = (x, form.inputs, None if static is None else float(static))
         if key in self._rounded:
             return self._rounded[key]
-        number = form.inputs.partition("_")[0]
+        number, _, per = form.inputs.partition("_")
         where: dict[str, Any] = {}
+        if per == "block":
+            self._rounded[key] = self._round_blocks(x, name, number, static)
+            return self._rounded[key]
         if static is None:  # a block is all of a token, and so is the last axis
             scale = self._token_scale(x, name, LARGEST[number])
             where = {"axis": -1, "block_size": form.cols}
@@ -129,11 +185,16 @@ class Weights:
         if bits == 8:
             dtype = TensorProto.INT8 if zero else TensorProto.UINT8
             return self.graph.raw(name, dtype, shape, [shifted.T.contiguous().numpy()])
-        dtype = TensorProto.INT4 if zero else TensorProto.UINT4
+        return self._nibbles(name, TensorProto.INT4 if zero else TensorProto.UINT4, shifted)
+
+    def _nibbles(self, name: str, dtype: int, codes_RC: Tensor) -> str:
+        """The low four bits of codes, transposed, two a byte."""
+        rows, cols = codes_RC.shape
+        shape = (cols, rows) if cols > 1 else (rows,)
         if rows % 2:  # two codes a byte straddle the columns
-            nibbles = pack((shifted & 15).T.reshape(1, -1), 4)
+            nibbles = pack((codes_RC & 15).T.reshape(1, -1), 4)
             return self.graph.raw(name, dtype, shape, [nibbles.numpy()])
-        pairs = (shifted[0::2] & 15) | (shifted[1::2] << 4)
+        pairs = (codes_RC[0::2] & 15) | (codes_RC[1::2] << 4)
         return self.graph.raw(name, dtype, shape, [pairs.T.contiguous().numpy()])
 
     @staticmethod

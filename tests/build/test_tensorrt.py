@@ -22,23 +22,26 @@ from optpipe import model
 from optpipe.artifact import Artifact
 from optpipe.bench.backend import backend_class, open_backend
 from optpipe.bench.ort import Ort
-from optpipe.build import nvidia, plan, tensorrt
+from optpipe.build import nvidia, plan, substitute, tensorrt
 from optpipe.build.generate import Engine
 from optpipe.build.nvidia import Package
 from optpipe.build.tensorrt import TensorRT, about, check_files
-from optpipe.build.twin import exact_checkpoint, exact_graph
+from optpipe.build.twin import exact_checkpoint, exact_graph, runnable_graph
 from optpipe.build.validity import malformed, unfit
 from optpipe.cache.static import KvCache
 from optpipe.calibrate import Calib
 from optpipe.checkpoint import Checkpoint, copy_side_files
 from optpipe.config import build, data_dir
 from optpipe.errors import GateError, InputError
+from optpipe.export.graph import read
 from optpipe.export.onnx import Onnx
 from optpipe.linear import Form
 from optpipe.lowrank.svd import Svd
 from optpipe.prune.magnitude import Magnitude
 from optpipe.quant.fp8 import Fp8
 from optpipe.quant.int8 import Int8
+from optpipe.quant.mxfp8 import Mxfp8
+from optpipe.quant.nvfp4 import Nvfp4
 from optpipe.quant.rtn import Rtn
 from optpipe.residual.qera import Qera
 from optpipe.stage import Limits
@@ -92,6 +95,10 @@ def test_bad_fields_are_refused(fields, message):
     ({"bits": 8, "inputs": "int8_token"}, None, "int8_token"),
     ({"bits": 4}, "sm75", "4 bits, which sm75 cannot unpack"),
     ({"bits": 8, "number": "fp8", "inputs": "fp8_tensor"}, "sm86", "begin with sm89"),
+    ({"bits": 8, "number": "mxfp8"}, "sm80", "mxfp8 weights, which begin with sm89"),
+    ({"bits": 4, "number": "nvfp4", "inputs": "nvfp4_block"}, "sm89", "begin with sm100"),
+    ({"bits": 4, "inputs": "fp8_tensor"}, None, "int4 weights and fp8 inputs"),
+    ({"bits": 4, "inputs": "fp8_token"}, None, "rounds its inputs by 'fp8_token'"),
 ])  # fmt: skip
 def test_layers_that_tensorrt_has_no_product_for_are_refused(form, target, message):
     layers = {"dense": Form(rows=4, cols=4), "odd": Form(rows=4, cols=4, **form)}
@@ -101,7 +108,8 @@ def test_layers_that_tensorrt_has_no_product_for_are_refused(form, target, messa
 
 def test_layers_that_it_has_are_not():
     forms = [{"bits": 8}, {"bits": 4}, {"bits": 8, "number": "fp8", "inputs": "fp8_tensor"},
-             {"bits": 8, "inputs": "int8_tensor"}]  # fmt: skip
+             {"bits": 8, "inputs": "int8_tensor"},
+             {"bits": 8, "number": "mxfp8", "inputs": "mxfp8_block"}]  # fmt: skip
     layers = {str(i): Form(rows=4, cols=4, **form) for i, form in enumerate(forms)}
     assert TensorRT(target="sm89").plan(layers) == layers
 
@@ -325,6 +333,8 @@ FORMATS = {
     "fp8 W8A8": Fp8(calib=CALIB),
     "fp8 W8A8, one scale a channel": Fp8(weights="channel", calib=CALIB),
     "fp8 channel": Rtn(number="fp8", bits=8, group_size=-1),
+    "nvfp4 W4A4": Nvfp4(activations="block", calib=CALIB),
+    "mxfp8 W8A8": Mxfp8(activations="block"),
     "2:4": Magnitude(pattern="2:4"),
     "low rank": Svd(keep=0.8, rank_multiple=4),
 }
@@ -366,8 +376,9 @@ def test_plans_are_built_of_every_format(form, graph, run, tiny, rtx, tmp_path):
     made = run(TensorRT(), graph(source, capacity=48))
     assert_whole(made, rtx)
     assert ("sparse_weights" in about(made.path)["flags"]) == (form == "2:4")
-    if "W8A8" in form:
-        assert_right_at_every_depth(made.path, source, 0.1 if "fp8" in form else 0.05)
+    if "W8A8" in form or "W4A4" in form:
+        tolerance = {"int8": 0.05, "nvfp4": 0.3}.get(form.split()[0], 0.1)
+        assert_right_at_every_depth(runnable(made, tmp_path / "same"), source, tolerance)
         made, source = unrounded(made, tmp_path / "graph"), unrounded(source, tmp_path / "model")
     assert_right_at_every_depth(made.path, source, 5e-3)
 
@@ -394,6 +405,26 @@ def unrounded(artifact, folder):
     return replace(artifact, path=folder)
 
 
+def runnable(artifact, folder):
+    """What ONNX Runtime runs: the very bytes, or what stands for operators that it lacks."""
+    if not substitute.needed(onnx.load(artifact.path / "model.onnx", load_external_data=False)):
+        return artifact.path
+    folder.mkdir()
+    runnable_graph(artifact.path, folder)
+    copy_side_files(artifact.path, folder)
+    return folder
+
+
+def test_plans_of_weights_alone_in_blocks(graph, run, tiny, rtx, tmp_path):
+    """nvfp4 in attention, mxfp8 in the MLP; for the GPUs that have fp4."""
+    source = run(Mxfp8(targets=["*.mlp.*"]), run(Nvfp4(targets=["*.self_attn.*"]), tiny()))
+    made = run(TensorRT(target="sm120"), graph(source, capacity=48))
+    assert_whole(made, rtx)
+    assert about(made.path)["target"] == "sm120"
+    assert_right_at_every_depth(runnable(made, tmp_path / "same"), source, 5e-3)
+    assert nvidia.portable(read(made.path).graph) == "sm120 and later"
+
+
 def assert_right_at_every_depth(folder, source, tolerance):
     """The very bytes: rows of different lengths, a chunk, decoding until the cache is full."""
     ids = np.random.default_rng(0).integers(3, 288, (2, 49))
@@ -412,15 +443,16 @@ def assert_right_at_every_depth(folder, source, tolerance):
 def test_plans_are_built_of_every_family_with_layers_of_every_format(name, graph, run, tiny, rtx):
     source, layers = tiny(name), [*model.layers(Checkpoint(tiny(name)))]
     layers.remove("lm_head")
-    for index, method in enumerate(FORMATS.values()):
-        targets = layers[index :: len(FORMATS)]
+    formats = [method for form, method in FORMATS.items() if form != "int3 g32"]  # as int4 is
+    for index, method in enumerate(formats):
+        targets = layers[index :: len(formats)]
         assert targets
         source = run(replace(method, targets=targets), source)
     made = run(TensorRT(), graph(source))
     assert_whole(made, rtx)
     kinds = {kind for kind, _ in weights(made.path)}
     types = onnx.TensorProto
-    assert {types.INT4, types.INT8, types.FLOAT8E4M3FN, types.FLOAT16} <= kinds
+    assert {types.INT4, types.INT8, types.FLOAT8E4M3FN, types.FLOAT16, types.FLOAT4E2M1} <= kinds
 
 
 def weights(folder):
