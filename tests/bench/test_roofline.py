@@ -98,12 +98,32 @@ def test_a_step_faster_than_its_ceilings_raises():
         roofline.use(prompt, roofline.floor_s(prompt, CEILINGS) / 1.1, CEILINGS)
 
 
-def test_utilisation_abstains_where_neither_resource_is_much_used():
+def test_utilisation_votes_for_what_is_much_used():
     assert roofline.by_utilisation(use(0.6, 0.1)) == ("memory", "")
     assert roofline.by_utilisation(use(0.1, 0.6)) == ("compute", "")
-    vote, why = roofline.by_utilisation(use(0.39, 0.1))
-    assert vote is None and "neither is much used" in why
-    assert roofline.by_utilisation(use(0.6, 0.55))[0] is None
+    assert roofline.by_utilisation(use(0.9, 0.5)) == ("memory", "")
+    vote, why = roofline.by_utilisation(use(0.6, 0.55))
+    assert vote is None and "of the ridge" in why, "both are"
+
+
+def test_utilisation_contradicts_the_ridge_where_something_else_takes_the_time():
+    """The same bytes and FLOPs near the roofline, and six times above it: V1 cannot know."""
+    cost = model().step(1, 1, 128)
+    floor = roofline.floor_s(cost, MEASURED)
+    for times, vote, kind in (
+        (1.1, "memory", "memory_bandwidth_weights"),
+        (6, "neither", "kernel"),
+    ):
+        found = roofline.use(cost, times * floor, MEASURED)
+        assert roofline.by_intensity(found)[0] == "memory"
+        assert roofline.by_utilisation(found)[0] == vote
+        assert judged(cost, times * floor, 0.0) == kind
+
+
+def test_utilisation_speaks_near_the_ridge_where_intensity_abstains():
+    for found, vote in ((use(0.41, 0.36), "memory"), (use(0.36, 0.41), "compute")):
+        assert roofline.by_intensity(found)[0] is None
+        assert roofline.by_utilisation(found) == (vote, "")
 
 
 def elasticity(time, memory=0.0, compute=1.0, **alone):
@@ -143,6 +163,9 @@ VOTES = dict.fromkeys(("intensity", "utilisation", "elasticity"))
         (("memory", "memory", "compute"), 0.9, None, "memory_bandwidth_weights"),
         (("memory", "compute", "compute"), 0.6, None, "compute"),
         (("memory", None, "memory"), 0.3, None, "memory_bandwidth_weights"),
+        (("memory", "neither", "memory"), 0.3, None, "memory_bandwidth_weights"),
+        (("memory", "neither", None), 0.3, None, "kernel"),
+        (("memory", "neither", "compute"), 0.3, None, "kernel"),
         (("memory", None, None), 0.3, None, "kernel"),
         ((None, None, "memory"), 0.9, None, None),
     ],

@@ -19,7 +19,7 @@ from math import log
 from optpipe.bench.bottlenecks.ceilings import Ceilings
 from optpipe.bench.bottlenecks.cost import PhaseCost
 
-MEMORY, COMPUTE = "memory", "compute"
+MEMORY, COMPUTE, NEITHER = "memory", "compute", "neither"
 WEIGHTS, KV = "memory_bandwidth_weights", "memory_bandwidth_kv"
 HOST, KERNEL = "host", "kernel"
 MOST_USE = 1.05
@@ -27,7 +27,7 @@ MOST_USE = 1.05
 DEAD_ZONE = 0.2
 """So near to the ridge, below it or above, the side says nothing."""
 IN_USE = 0.4
-"""A resource that is used less casts no vote; gpt-fast's int4 on an A100 uses 0.42 of bandwidth."""
+"""What is used less bounds nothing; gpt-fast's int4 on an A100 uses 0.42 of the bandwidth."""
 FAINT_USE = 0.1
 """So little bandwidth used is waiting, such as for threads that have no core."""
 POOR_ETA = 0.5
@@ -88,7 +88,7 @@ class Step:
 
 
 Vote = tuple[str | None, str]
-"""'memory' or 'compute'; or None, and why."""
+"""'memory', 'compute' or 'neither'; or None, and why."""
 
 
 def memory_s(cost: PhaseCost, ceilings: Ceilings) -> float:
@@ -132,15 +132,19 @@ def by_intensity(found: Use) -> Vote:
 
 
 def by_utilisation(found: Use) -> Vote:
-    """V2: the resource that is the more used, if it is much used.
+    """V2: the resource that the measured time shows to be much used, or neither.
 
-    MBU / MFU is ridge over intensity: this vote can be withheld where V1's is given, and never
-    contradicts it. V3 alone is independent of both.
+    It contradicts V1, which knows no time, by 'neither': whatever side of the ridge the step lies
+    on, something else takes its time. It cannot name the other resource, for MBU / MFU is ridge
+    over intensity whatever the time; only counters of the hardware could. Near the ridge, where V1
+    abstains, it speaks if one of both is much used. V3 needs no ceiling and can contradict both.
     """
-    vote, why = by_intensity(found)
-    if found.eta < IN_USE:
-        return None, f"MBU {found.mbu:.2f} and MFU {found.mfu:.2f}: neither is much used"
-    return vote, why
+    used = {MEMORY: found.mbu >= IN_USE, COMPUTE: found.mfu >= IN_USE}
+    if not any(used.values()):
+        return NEITHER, ""
+    if all(used.values()):
+        return by_intensity(found)
+    return (MEMORY if used[MEMORY] else COMPUTE), ""
 
 
 def by_elasticity(step: Step, other: Step | None, alone: bool = True) -> Vote:
@@ -180,7 +184,7 @@ def classify(found: Use, votes: dict[str, str | None], cost: PhaseCost, host: fl
         return bandwidth_of(cost), ""
     if counted.count(COMPUTE) >= 2:
         return COMPUTE, ""
-    if found.eta < POOR_ETA:
+    if NEITHER in counted or found.eta < POOR_ETA:
         return KERNEL, ""
     return None, "fewer than two votes agree, and the step is near the roofline"
 

@@ -51,7 +51,9 @@ def limits(report: Entry) -> Safe:
         "What limits it",
         note(
             f"In {where(report['artifacts'][0]['cells'][0])}. MBU and MFU: the share of the "
-            "measured memory bandwidth and of the measured arithmetic rate that was used."
+            "measured memory bandwidth and of the measured arithmetic rate that was used. Votes: "
+            "by intensity, the side of the ridge; by utilisation, what is much used, or neither; "
+            "by elasticity, how time grows with the tokens of a step."
         ),
         tag("div", figure(title, svg, read), class_="one") if svg else "",
         table(LIMIT, [_limit_row(*one) for one in given], "what limits every artifact"),
