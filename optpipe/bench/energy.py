@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from optpipe.bench import nvml
 from optpipe.bench.backend import Backend, Ids
-from optpipe.bench.policy import LEAST_S, BenchConfig
+from optpipe.bench.policy import BenchConfig
 from optpipe.bench.scenario import Cell, prompt_seed, prompts
 from optpipe.bench.timed.blocks import PATIENCE, Session
 from optpipe.bench.timed.clock import Clock, generate
@@ -25,7 +25,7 @@ from optpipe.bench.timed.timing import WARM
 from optpipe.errors import StageError
 from optpipe.stage import Progress
 
-LEAST_UPDATES = 100
+LEAST_S, LEAST_UPDATES = 10.0, 100
 POLL_S = 0.01
 POWERCAP = Path("/sys/class/powercap")
 OFF = "bench.energy_s=0: energy was not asked for"

@@ -10,8 +10,8 @@ from optpipe.bench.fidelity.quality import QualityConfig
 from optpipe.bench.machine import usable_cores
 from optpipe.errors import InputError
 
-LEAST_S = 10.0
-"""Shortest window in which energy is counted."""
+LEAST_ENERGY_S = 12.0
+"""A counter that steps every 100 ms, as that of an H100, has to step 100 times."""
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -42,7 +42,7 @@ class BenchConfig:
     turn_s: float | None = None
     """Least time of an arm's turn in a block; null: 0.05 s, with an arm on a GPU 0.5 s."""
     energy_s: float = 0.0
-    """How long every arm works in every cell while its energy is counted, at least 10; 0: not."""
+    """How long every arm works in every cell while its energy is counted, at least 12; 0: not."""
     seed: int = 0
     """Of the token ids and of the order of the arms."""
     quality: QualityConfig = field(default_factory=QualityConfig)
@@ -50,7 +50,7 @@ class BenchConfig:
     def __post_init__(self) -> None:
         least = {"blocks": 1, "max_blocks": self.blocks, "warmup": 2, "warmup_s": 0, "budget_s": 0,
                  "iteration_limit_s": 0, "seed": 0,
-                 "energy_s": LEAST_S if self.energy_s else 0,
+                 "energy_s": LEAST_ENERGY_S if self.energy_s else 0,
                  **({} if self.turn_s is None else {"turn_s": 0.001})}  # fmt: skip
         for name, low in least.items():
             if not low <= getattr(self, name) < math.inf:  # NaN is neither

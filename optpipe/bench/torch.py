@@ -19,7 +19,8 @@ from transformers import DynamicCache
 
 from optpipe.artifact import Artifact
 from optpipe.bench.backend import Backend, Ids, Logits
-from optpipe.bench.graph import Rings, Steps, moving
+from optpipe.bench.graph import Steps, moving
+from optpipe.bench.rings import Rings
 from optpipe.checkpoint import Checkpoint
 from optpipe.errors import InputError
 from optpipe.model import load

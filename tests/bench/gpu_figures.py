@@ -35,7 +35,7 @@ from optpipe.source import Random
 ROOT = Path(__file__).resolve().parents[2]
 CELLS = [Cell("single", 1, 128, 64), Cell("prefill_only", 8, 2040, 1)]
 AA = ("baseline", "same")
-TURNS_S = (0.05, 0.5, 1.5)
+TURNS_S = (0.05, 0.5, 1.0)
 
 
 def artifact(store: Path, shape: str) -> Artifact:
@@ -84,10 +84,18 @@ def aa(store: Path) -> None:
                     resolved(found, cell, metric)
             for gpu in nvml.gpus():
                 print(" ", *(gpu[k] for k in ("uuid", "sm_mhz", "power_w", "clocks_limited_by")))
+
+
+def joules(store: Path) -> None:
+    """Of llama_1b in bfloat16, one worker."""
+    arm = Arm(name="baseline", artifact=artifact(store, "llama_1b"), dtype="bfloat16", threads=1)
+    with reside([arm], lambda *_: None) as residents:
+        session = Session(number=0, workers=residents.workers, loaded=residents.loaded,
+                          budget_s=600.0)  # fmt: skip
         config, found = BenchConfig(energy_s=12), Measured()
         energy.measure_energy(session, CELLS, config, found, lambda *_: None)
-        for (name, cell), told in found.energy.items():
-            print(f"energy {name} {cell}: {told}", flush=True)
+    for (_, cell), told in found.energy.items():
+        print(cell, told, flush=True)
 
 
 def resolved(found: Measured, cell: Cell, metric: str) -> None:
@@ -121,21 +129,20 @@ def resolved(found: Measured, cell: Cell, metric: str) -> None:
 
 
 def flow(store: Path) -> None:
-    """The whole default flow where torch has a GPU and ONNX Runtime has none."""
+    """The whole flow where torch has a GPU and ONNX Runtime has none."""
     command = [
         sys.executable, "-m", "optpipe", "recipe=int4_ort", "model=random",
         "model.config=llama_160m", "calib=random", "calib.samples=8", "scenario=[single]",
-        "bench.budget_s=40", "bench.quality.windows=2", "bench.energy_s=10",
-        f"store={store}/store", f"hydra.run.dir={store}/out",
+        "bench.dtypes=[bfloat16]", "bench.budget_s=20", "bench.quality.windows=1",
+        "bench.quality.cache=null", f"store={store}/store", f"hydra.run.dir={store}/out",
     ]  # fmt: skip
     start = time.perf_counter()
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(command, cwd=store, env={**os.environ, "PYTHONPATH": path},
-                          capture_output=True, text=True)  # fmt: skip
+                          stdout=sys.stdout, stderr=subprocess.STDOUT)  # fmt: skip
     print(f"exit code {done.returncode} after {time.perf_counter() - start:.0f} s")
-    print(done.stderr[-2500:])
     if (store / "out" / "report.md").is_file():
-        print((store / "out" / "report.md").read_text()[:9000])
+        print((store / "out" / "report.md").read_text()[:7000])
         ceilings = json.loads((store / "out" / "report.json").read_text())["run"]["ceilings"]
         print("ceilings of", {k: {d: v["bytes_per_s"] for d, v in of.items()} for k, of in
                               ceilings.items()})  # fmt: skip
@@ -143,11 +150,11 @@ def flow(store: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
-    parser.add_argument("parts", nargs="*", default=["decode", "aa", "flow"])
+    parser.add_argument("parts", nargs="*", default=["decode", "aa", "energy", "flow"])
     parser.add_argument("--settle", type=float, default=blocks.SETTLE_S)
     asked = parser.parse_args()
     blocks.SETTLE_S = asked.settle
     with tempfile.TemporaryDirectory() as folder:
         for part in asked.parts:
             print(f"== {part}", flush=True)
-            {"decode": decode, "aa": aa, "flow": flow}[part](Path(folder))
+            {"decode": decode, "aa": aa, "energy": joules, "flow": flow}[part](Path(folder))

@@ -194,9 +194,9 @@ def test_reports_show_what_was_counted_and_why_the_rest_was_not(counted):
 
 
 def test_cells_without_energy_say_why():
-    off, on = BenchConfig(), BenchConfig(energy_s=10)
+    off, on = BenchConfig(), BenchConfig(energy_s=12)
     assert energy.entry(Measured(), "a", CELL, off, "") == (None, {"energy": energy.OFF})
     assert energy.entry(Measured(), "a", CELL, on, "") == (None, {"energy": energy.APART})
     assert energy.entry(Measured(), "a", CELL, on, "why") == (None, {"energy": "why"})
-    with pytest.raises(InputError, match=r"bench.energy_s=5: at least 10.0 is needed"):
+    with pytest.raises(InputError, match=r"bench.energy_s=5: at least 12.0 is needed"):
         BenchConfig(energy_s=5)

@@ -7,7 +7,7 @@ import pytest
 
 import optpipe.demo
 from optpipe.artifact import Artifact
-from optpipe.bench import graph
+from optpipe.bench import graph, rings
 from optpipe.bench.backend import open_backend
 from optpipe.bench.torch import EAGER
 from optpipe.bench.worker import Iterate
@@ -38,7 +38,7 @@ def walked(backend, lengths_B, graphed):
 
 def test_rings_give_the_logits_of_the_cache_that_grows(tiny, family, monkeypatch):
     """All eight families, token by token: windows of 16 wrap, room for 8 more grows many times."""
-    monkeypatch.setattr(graph, "UNIT", 8)
+    monkeypatch.setattr(rings, "UNIT", 8)
     with opened(tiny(family)) as backend:
         for lengths_B in (RAGGED, SHORT):
             grown = walked(backend, lengths_B, graphed=False)
@@ -62,7 +62,7 @@ def test_on_a_cpu_steps_are_eager_and_said_to_be(tiny):
 @pytest.mark.gpu
 def test_graphs_give_the_logits_of_eager_steps(tiny, family, monkeypatch):
     """On a GPU, of all families, in float32; kernels of attention differ, so do the last bits."""
-    monkeypatch.setattr(graph, "UNIT", 8)
+    monkeypatch.setattr(rings, "UNIT", 8)
     with opened(tiny(family)) as backend:
         assert backend.graphed
         for lengths_B in (RAGGED, SHORT, RAGGED):  # twice: the second replays what the first made
