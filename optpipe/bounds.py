@@ -1,4 +1,4 @@
-"""What was made against what was planned, where a plan leaves something open (Form.bound)."""
+"""What was made against what was planned, where a plan leaves ranks or bits open."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ def departure(made: Layers, planned: Layers) -> str | None:
     """The first layer that is not as planned; None if all are, within the bounds of the plan."""
     left = dict(planned)
     for name, form in made.items():
+        if name.endswith(".right") and not _fits(form, made.get(name[: -len("right")] + "left")):
+            return name
         if name in left and _within(name, form, left.pop(name)):
             continue
         right, other = left.pop(f"{name}.right", None), left.pop(f"{name}.left", None)
@@ -39,15 +41,18 @@ def departure(made: Layers, planned: Layers) -> str | None:
 
 
 def _within(name: str, form: Form, plan: Form) -> bool:
-    if plan.bound is None:
-        return form == plan
-    rows, cols = plan.rows, plan.cols
-    if name.endswith(".right"):
-        rows = _settled(form.rows, plan.rows, plan.bound)
-    elif name.endswith(".left"):
-        cols = _settled(form.cols, plan.cols, plan.bound)
-    bits = form.bits if form.bits and plan.bits and form.bits < plan.bits else plan.bits
-    return form == replace(plan, rows=rows, cols=cols, bits=bits, bound=None)
+    settled = replace(plan, bound=None, choices=None)
+    if plan.bound and name.endswith(".right"):
+        settled = replace(settled, rows=_settled(form.rows, plan.rows, plan.bound))
+    elif plan.bound and name.endswith(".left"):
+        settled = replace(settled, cols=_settled(form.cols, plan.cols, plan.bound))
+    if plan.choices and form.bits in plan.choices:
+        settled = replace(settled, bits=form.bits)
+    return form == settled
+
+
+def _fits(right: Form, left: Form | None) -> bool:
+    return left is not None and left.cols == right.rows
 
 
 def _settled(rank: int, most: int, multiple: int) -> int:

@@ -59,8 +59,9 @@ class Form:
     pattern: str | None = None
     """'row' or 'N:M' if a mask says which weights are kept; None: all are."""
     bound: int | None = None
-    """Only in a plan: the stage settles bits or rank as it runs. They are at most what is planned,
-    and the rank is a multiple of this; a layer planned as two factors may stay one."""
+    """In a plan: the rank is settled later, at most as planned, a multiple of this; or to all."""
+    choices: tuple[int, ...] | None = None
+    """In a plan: the bits are settled later, to one of these."""
 
     @property
     def groups(self) -> int:
@@ -272,8 +273,7 @@ def encode(name: str, module: nn.Module, form: Form, dtype: torch.dtype) -> dict
         stored["weight"] = weight_of(module).to(dtype)
     if mask is not None:
         stored["mask"] = pack(mask, 1)
-    bias = module.bias
-    if isinstance(bias, Tensor):
+    if isinstance(bias := module.bias, Tensor):
         stored["bias"] = bias.to(dtype)
     return {f"{name}.{key}": value.contiguous() for key, value in stored.items()}
 

@@ -1,5 +1,7 @@
 """What was made is what was planned, or within what the plan left open."""
 
+from dataclasses import replace
+
 import pytest
 
 from optpipe.bounds import departure, divisor
@@ -12,6 +14,7 @@ def factors(rank, bound=None, **fields):
 
 
 B = Form(rows=8, cols=8)
+MIXED = {"bits": 8, "choices": (3, 4, 8)}
 
 
 @pytest.mark.parametrize(
@@ -28,7 +31,17 @@ B = Form(rows=8, cols=8)
         ({"a": Form(rows=64, cols=96)}, factors(32, bound=16), None),
         ({"a": Form(rows=64, cols=96)}, factors(32), "a"),
         ({"a": Form(rows=64, cols=64)}, factors(32, bound=16), "a"),
-        (factors(16, bits=3), factors(32, bound=16, bits=4), None),
+        (factors(16, bits=3), factors(32, bound=16, **MIXED), None),
+        (factors(16, bits=2), factors(32, bound=16, **MIXED), "a.right"),
+        (factors(16, bits=3), factors(32, **MIXED), "a.right"),  # mixed leaves ranks alone
+        (factors(32, bits=3), factors(32, **MIXED), None),
+        (factors(32), factors(32, **MIXED), "a.right"),
+        ({"a": Form(rows=64, cols=96, bits=8)}, factors(32, **MIXED), "a"),
+        ({"a": Form(rows=64, cols=96, bits=8)}, factors(32, bound=16, **MIXED), None),
+        ({"b": replace(B, bits=3)}, {"b": replace(B, **MIXED)}, None),
+        ({"b": replace(B, bits=2)}, {"b": replace(B, **MIXED)}, "b"),
+        ({"b": replace(B, bits=3)}, {"b": replace(B, bits=4)}, "b"),
+        ({**factors(16), "a.left": Form(rows=64, cols=32)}, factors(32, bound=16), "a.right"),
         (factors(16, bits=8), factors(32, bound=16, bits=4), "a.right"),
         (factors(16), factors(32, bound=16, bits=4), "a.right"),
         (factors(16, bits=4), factors(32, bound=16), "a.right"),

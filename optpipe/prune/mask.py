@@ -153,13 +153,19 @@ class Prune(Stage):
         observation = self.observation(checkpoint, chosen)
         rewrite(source, out, planned, change, progress, observation)
         gone = sum(stage.dropped(layers[name]) for name, stage in each.items())
-        before = (name for name, form in layers.items() if form.pattern)
-        gone += sum(_zeros(name, layers, checkpoint) for name in before)
-        stored = [f for n, f in layers.items() if n != HEAD or not checkpoint.head_is_embedding]
         facts = observation.facts if observation else {}
         if len(set(shares.values())) > 1:
             facts = {"sparsities": shares, **facts}
-        return {"sparsity": gone / sum(f.rows * f.cols for f in stored), **facts}
+        return {"sparsity": sparsity(gone, checkpoint), **facts}
+
+
+def sparsity(gone: int, checkpoint: Checkpoint) -> float:
+    """The share of a model's weights without which it is once ``gone`` more than before go."""
+    layers = model.layers(checkpoint)
+    pruned = (name for name, form in layers.items() if form.pattern)
+    gone += sum(_zeros(name, layers, checkpoint) for name in pruned)
+    stored = [f for n, f in layers.items() if n != HEAD or not checkpoint.head_is_embedding]
+    return gone / sum(form.rows * form.cols for form in stored)
 
 
 def _zeros(name: str, layers: Layers, checkpoint: Checkpoint) -> int:

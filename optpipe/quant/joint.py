@@ -8,18 +8,24 @@ the layer's own columns; what is kept is rounded as GPTQ does. Shapes: R outputs
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from optpipe import model
+from optpipe.artifact import Artifact, Stats
+from optpipe.blockwise import select
 from optpipe.calibrate import Calib, Gram, Observation
 from optpipe.checkpoint import Checkpoint
 from optpipe.compensate import check_damp, compensate, inverse_factor
 from optpipe.linear import Form, Layers, Quantized, dense
+from optpipe.prune.mask import sparsity
 from optpipe.prune.sparsegpt import Dropping, SparseGpt
 from optpipe.quant.clip import HESSIAN, check_clip, fit_clip
 from optpipe.quant.gptq import Rounding
 from optpipe.quant.grid import WeightOnly
+from optpipe.stage import Progress
 
 
 class DroppingAndRounding:
@@ -72,6 +78,13 @@ class Joint(WeightOnly):
         compensate(weight_RC, factor_CC, DroppingAndRounding(dropping, rounding))
         bias = layer.bias if isinstance(layer.bias, Tensor) else None
         return grid.module(rounding.codes_RC, dense(weight_RC, bias, dropping.keep_RC))
+
+    def run(self, source: Artifact, out: Path, progress: Progress) -> Stats:
+        checkpoint = Checkpoint(source.path)
+        layers = model.layers(checkpoint)
+        gone = sum(self.pruning.dropped(layers[name]) for name in select(layers, self.targets))
+        stats = super().run(source, out, progress)
+        return {"sparsity": sparsity(gone, checkpoint), **stats}
 
     def inputs(self, model: Checkpoint) -> str:
         return self.calib.inputs(model)

@@ -67,7 +67,7 @@ class Mixed(Quantize):
 
     def form(self, name: str, form: Form) -> Form:
         grouped = self._grouped().form(name, form)
-        return replace(grouped, bits=max(self.bits), bound=form.bound or 1)
+        return replace(grouped, bits=max(self.bits), choices=tuple(sorted(self.bits)))
 
     def plan(self, layers: Layers) -> Layers:
         planned = super().plan(layers)
@@ -120,7 +120,7 @@ class Mixed(Quantize):
         weights = sum(planned[name].rows * planned[name].cols for name in curves)
         settled = self.settle(curves, self.average_bits * weights)
         for name, bits in settled.items():
-            planned[name] = replace(planned[name], bits=bits, bound=None)
+            planned[name] = replace(planned[name], bits=bits, choices=None)
         stats = self.write(source, out, planned, progress)
         return {**stats, "layers_of_bits": dict(Counter(settled.values())), "layer_bits": settled}
 
@@ -137,7 +137,7 @@ class Mixed(Quantize):
         observation = self.observation(checkpoint, chosen)
         for done, (name, layer, gram) in enumerate(observed(checkpoint, observation)):
             progress(f"losses of {name}", done, len(chosen))
-            forms = [replace(planned[name], bits=bits, bound=None) for bits in self.bits]
+            forms = [replace(planned[name], bits=bits, choices=None) for bits in self.bits]
             yield name, [Option(_stored(form), self.loss(layer, form, gram)) for form in forms]
 
     def loss(self, layer: nn.Module, form: Form, gram: Gram) -> float:

@@ -1,18 +1,23 @@
 """Pruning and rounding in one pass, against each half alone and the recursion written out."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from layers import KINDS, Layer
 
 from optpipe import model
 from optpipe.checkpoint import Checkpoint
+from optpipe.errors import GateError
 from optpipe.linear import Form, dense, mask_of, weight_of
+from optpipe.prune.magnitude import Magnitude
 from optpipe.prune.mask import follows
 from optpipe.prune.sparsegpt import SparseGpt
 from optpipe.quant.gptq import Gptq
 from optpipe.quant.grid import fit
 from optpipe.quant.joint import Joint
 from optpipe.quant.rtn import Rtn
+from optpipe.verify import verify
 
 
 def made(layer, bits=4, **fields):
@@ -79,6 +84,23 @@ def test_a_model_is_sparse_and_quantized_after_one_stage(run, tiny):
     assert checkpoint.forms == stage.plan(model.layers(Checkpoint(tiny())))
     form = checkpoint.forms["model.layers.0.mlp.up_proj"]
     assert (form.bits, form.pattern) == (4, "2:4")
+
+
+def test_the_zeros_it_claims_are_there_those_of_a_stage_before_included(run, tiny):
+    pruned = run(Magnitude(targets=["*.q_proj"]), tiny())
+    stage = Joint(sparsity=0.3, group_size=32, calib=run.calib, targets=["*.mlp.*"])
+    made = run(stage, pruned)
+    layers = model.layers(Checkpoint(made.path))
+    gone = 3 * (64 * 64 // 2 + 3 * round(0.3 * 64 * 96))
+    whole = sum(form.rows * form.cols for form in layers.values())
+    assert made.stats["sparsity"] == pytest.approx(gone / whole, rel=1e-12)
+    assert verify(made, pruned, stage.plan(layers_of(pruned)))["sparsity"] >= gone / whole
+    with pytest.raises(GateError, match=r"a sparsity of 0\.5 was claimed"):
+        verify(replace(made, stats={"sparsity": 0.5}), pruned, None)
+
+
+def layers_of(artifact):
+    return model.layers(Checkpoint(artifact.path))
 
 
 @pytest.mark.parametrize(
