@@ -18,9 +18,11 @@ Check = dict[str, Any]
 def checks(host: Mapping[str, Any], outcome: Outcome) -> list[Check]:
     """{"check", "found", "wanted", "passed"} of each; ``host`` as `machine.describe` told it.
 
-    A GPU has four of its own. The self-test is missing where it was not run.
+    A GPU that some arm ran on has four of its own. The self-test is missing where it was not run.
     """
-    return [*_host(host, outcome), *(one for gpu in host["gpus"] for one in _gpu(gpu))]
+    used = {told.gpu for told in outcome.loaded.values()}
+    gpus = [gpu for gpu in host["gpus"] if gpu["uuid"] in used]
+    return [*_host(host, outcome), *(one for gpu in gpus for one in _gpu(gpu))]
 
 
 def _host(host: Mapping[str, Any], outcome: Outcome) -> Iterator[Check]:

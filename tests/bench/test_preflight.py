@@ -119,7 +119,8 @@ def host(driver=None, **fields):
 
 def outcome(**fields):
     instrument = {**dict.fromkeys(LIMITS, 0.001), "passed": True}
-    known = {"arms": [SimpleNamespace(name="baseline")], "cells": [], "sessions": []}
+    known = {"arms": [SimpleNamespace(name="baseline")], "cells": [], "sessions": [],
+             "loaded": {"baseline": SimpleNamespace(device="Name", gpu="UUID")}}  # fmt: skip
     return Outcome(**{**known, "left_out": {}, "instrument": instrument, **fields})
 
 
@@ -151,9 +152,16 @@ def test_whatever_may_spoil_it_is_named():
     assert told["self-test"] == "TPOT +20.00%" and "big" in told["free memory"]
 
 
+def test_a_gpu_that_no_arm_ran_on_is_not_looked_at():
+    busy = Driver()
+    busy.pids = [4711]
+    elsewhere = {"baseline": SimpleNamespace(device="Name", gpu="GPU-8")}
+    assert failed(preflight.checks(host(busy), outcome(loaded=elsewhere))) == []
+
+
 def test_arms_on_two_devices_are_named():
     told = {"baseline": "GPU", "quant": "GPU", "build": "cpu"}
-    loaded = {name: SimpleNamespace(device=device) for name, device in told.items()}
+    loaded = {name: SimpleNamespace(device=device, gpu=None) for name, device in told.items()}
     (check,) = [c for c in preflight.checks(host(), outcome(loaded=loaded)) if not c["passed"]]
     assert (check["check"], check["found"]) == ("devices", "GPU: baseline, quant; cpu: build")
     assert not failed(preflight.checks(host(), outcome(loaded={"baseline": loaded["build"]})))
