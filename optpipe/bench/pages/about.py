@@ -183,7 +183,7 @@ def machine(report: Entry) -> Safe:
     return section(
         "Machine, versions, instrument",
         bullets(lines),
-        details("How each was run", table(setups.RAN, setups.ran(report), "setups", "wrap")),
+        details("How each was run", table(setups.RAN, setups.ran(report), "setups", "wrap stack")),
         *([details("Before it began", table(CHECKS, _checks(run), "preflight", "wrap"))]
           if run.get("preflight") else []),
         *_resolution(design.get("resolution") or ()),
