@@ -90,7 +90,7 @@ def make(family, kind):
 
 
 def described(folder):
-    """Every tensor of the safetensors files: dtype, shape and hash of its bytes."""
+    """Every tensor of the safetensors files, by file and name."""
     found = {}
     for file in sorted(Path(folder).glob("*.safetensors")):
         tensors = {name: plain(name, t).contiguous() for name, t in load_file(file).items()}
@@ -105,9 +105,10 @@ def plain(name, tensor):
 
 
 def facts(tensor):
+    """Its type, shape and the hash of its bytes, in words."""
     data = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
     dtype = str(tensor.dtype).removeprefix("torch.")
-    return [dtype, list(tensor.shape), hashlib.sha256(data).hexdigest()[:16]]
+    return f"{dtype} {list(tensor.shape)} {hashlib.sha256(data).hexdigest()[:16]}"
 
 
 def quantized(lm, kind, kv):
@@ -164,6 +165,15 @@ def export(family, kind):
     return found
 
 
+def written(content, where=()):
+    """As JSON, a line for every tensor and one for all settings of a checkpoint."""
+    open_here = len(where) < 3 or (where[2] == "tensors" and len(where) < 5)
+    if not (open_here and isinstance(content, dict)):
+        return json.dumps(content, sort_keys=True)
+    inner = [f"{json.dumps(k)}: {written(v, (*where, k))}" for k, v in sorted(content.items())]
+    return "{\n" + ",\n".join(inner) + "\n}"
+
+
 if __name__ == "__main__":
     record = {}
     for family, kind in CASES:
@@ -174,4 +184,4 @@ if __name__ == "__main__":
 
             traceback.print_exc()
             print(f"{family} {kind}: {error!r}", flush=True)
-    Path(sys.argv[1]).write_text(json.dumps(record, indent=0, sort_keys=True) + "\n")
+    Path(sys.argv[1]).write_text(written(record) + "\n")
