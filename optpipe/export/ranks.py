@@ -17,7 +17,7 @@ from optpipe import model
 from optpipe.checkpoint import Checkpoint
 from optpipe.errors import InputError
 from optpipe.export import trtllm
-from optpipe.export.vllm import scaled
+from optpipe.export.unpack import scaled, signed
 from optpipe.family import Decoder, describe
 from optpipe.linear import PER_TENSOR, Layers, Quantized, dense
 from optpipe.microscaling import to_fp8
@@ -253,4 +253,4 @@ def _decoded(file: dict[str, Tensor], name: str) -> Tensor:
     before = file.get(f"{name}.prequant_scaling_factor")
     if before is None:
         return scaled(weight, scale)
-    return scaled(trtllm.signed(weight.view(torch.uint8)), scale) * before.float()
+    return scaled(signed(weight.view(torch.uint8)), scale) * before.float()

@@ -21,8 +21,8 @@ from optpipe.export.folder import cache_scales, parameters
 from optpipe.linear import Layers, Quantized, weight_of
 
 READERS = {
-    "vllm": "optpipe.export.vllm.read",
-    "trtllm": "optpipe.export.trtllm.read",
+    "vllm": "optpipe.export.unpack.read",
+    "trtllm": "optpipe.export.unpack.read",
     "trtllm_legacy": "optpipe.export.ranks.read",
     "gguf": "optpipe.export.gguf.read",
 }

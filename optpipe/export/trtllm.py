@@ -17,7 +17,7 @@ The loader joins q, k and v (gate and up) and, for FP8, rounds them again if the
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -42,7 +42,7 @@ from optpipe.export.folder import (
     check_layers,
     write_json,
 )
-from optpipe.export.vllm import eight_bit, scaled
+from optpipe.export.vllm import eight_bit
 from optpipe.linear import PER_CHANNEL, PER_TENSOR, Form, Layers, Quantized
 from optpipe.stage import Progress, Stage
 
@@ -226,33 +226,3 @@ def _write_commands(checkpoint: Checkpoint, out: Path) -> None:
     for name, text in scripts.items():
         (out / name).write_text(text)
         (out / name).chmod(0o755)
-
-
-def read(folder: Path, layers: Layers) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter of the plain model, quantized weights as float32 codes times scales.
-
-    The scales of inputs too, as LAYER.input_scale.
-    """
-    stored = Checkpoint(folder)
-    for name in stored.files:
-        layer, _, part = name.rpartition(".")
-        tensor = stored.get(name)
-        assert tensor is not None
-        scale = stored.get(f"{layer}.weight_scale")
-        if part == "weight" and scale is not None:
-            before = stored.get(f"{layer}.pre_quant_scale")
-            weight = scaled(signed(tensor) if tensor.dtype == torch.uint8 else tensor, scale)
-            yield name, weight if before is None else weight * before.float()
-        elif part == "input_scale":
-            yield name, tensor.reshape(1)
-        elif part in (KEY, VALUE):
-            yield f"{layer.rpartition('.')[0]}.{part}", tensor
-        elif part not in ("weight_scale", "pre_quant_scale"):
-            yield name, tensor
-
-
-def signed(packed: Tensor) -> Tensor:
-    """Bytes (R / 2, C) to integers from -8 to 7, (R, C)."""
-    both = torch.stack([packed & 15, packed >> 4], dim=1).to(torch.int16)
-    both = both - 16 * (both > 7).to(torch.int16)
-    return both.reshape(-1, packed.shape[1])

@@ -17,7 +17,7 @@ https://github.com/vllm-project/compressed-tensors; checked against 0.17 and vLL
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,7 +31,7 @@ from optpipe.cache.static import number_after
 from optpipe.checkpoint import Checkpoint
 from optpipe.errors import InputError
 from optpipe.export.folder import Folder, check_cache, check_dtype, check_layers
-from optpipe.linear import BLOCKS, PER_CHANNEL, PER_TENSOR, Form, Layers, Quantized, pack, unpack
+from optpipe.linear import BLOCKS, PER_CHANNEL, PER_TENSOR, Form, Layers, Quantized, pack
 from optpipe.microscaling import FP8
 from optpipe.stage import Progress, Stage
 
@@ -201,38 +201,3 @@ def eight_bit(layer: Quantized) -> Tensor:
     if layer.form.number == "fp8":
         return layer.codes.view(FP8)
     return (layer.codes ^ 128).view(torch.int8)  # code - 128 in two's complement
-
-
-def read(folder: Path, layers: Layers) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter of the plain model, quantized weights as float32 codes times scales.
-
-    The scales of inputs too, as LAYER.input_scale.
-    """
-    stored = Checkpoint(folder)
-    for name in stored.files:
-        layer, _, part = name.rpartition(".")
-        tensor = stored.get(name)
-        assert tensor is not None
-        scale = stored.get(f"{layer}.weight_scale")
-        if part == "weight_packed":
-            assert scale is not None
-            yield f"{layer}.weight", scaled(_signed(tensor, layers[layer]), scale)
-        elif part == "weight" and scale is not None:
-            yield name, scaled(tensor, scale)
-        elif part not in ("weight_scale", "weight_shape"):
-            yield name, tensor
-
-
-def _signed(packed: Tensor, form: Form) -> Tensor:
-    assert form.bits is not None
-    codes_RC = unpack(packed.view(torch.uint8), form.bits, form.cols)
-    signed: Tensor = codes_RC.to(torch.int16) - int(2 ** (form.bits - 1))
-    return signed
-
-
-def scaled(codes_RC: Tensor, scale: Tensor) -> Tensor:
-    """Codes times scales (R, G), (R), or one; float32."""
-    grouped = scale.float() if scale.dim() == 2 else scale.float().reshape(-1, 1)
-    wide = codes_RC.float().reshape(codes_RC.shape[0], grouped.shape[1], -1)
-    weight: Tensor = wide * grouped.unsqueeze(-1)
-    return weight.reshape(codes_RC.shape)
