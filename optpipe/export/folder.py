@@ -19,6 +19,7 @@ from optpipe import model
 from optpipe.checkpoint import Checkpoint, Writer
 from optpipe.errors import InputError
 from optpipe.linear import Form, Layers, Quantized
+from optpipe.microscaling import LEAST_FP8, to_fp8
 from optpipe.stage import Progress
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -98,6 +99,33 @@ def check_cache(number: str | None, runtime: str) -> None:
     """Raise InputError for a KV cache in int8, which ``runtime`` has not."""
     if number not in (None, "fp8"):
         raise InputError(f"{runtime} has a KV cache in fp8, none in {number}; set cache.number=fp8")
+
+
+def global_scales(checkpoint: Checkpoint, layers: Layers) -> dict[str, Tensor]:
+    """One for every nvfp4 layer: the largest of those that a runtime multiplies as one.
+
+    vLLM takes one of theirs for all, as if they were the same.
+    """
+    found: dict[str, Tensor] = {}
+    for name, form in layers.items():
+        if form.number == "nvfp4":
+            scale = checkpoint.get(f"{name}.global_scale")
+            assert scale is not None
+            found[name] = scale
+    for name in layers:
+        joined = [each for each in (name, *_fused_with(name)) if each in found]
+        if len(joined) > 1:
+            largest = torch.stack([found[each] for each in joined]).max()
+            found |= {each: largest.clone() for each in joined}  # files share no memory
+    return found
+
+
+def block_scales(layer: Quantized, whole: Tensor) -> Tensor:
+    """Those of an nvfp4 layer with ``whole`` for its global scale: rounded again if that is new."""
+    assert layer.global_scale is not None
+    if layer.global_scale == whole:
+        return layer.scales
+    return to_fp8((layer.scales.float() * (layer.global_scale / whole)).clamp(min=LEAST_FP8))
 
 
 def parameters(checkpoint: Checkpoint) -> list[str]:

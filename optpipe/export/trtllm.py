@@ -9,9 +9,13 @@ scales are those of our layers. Shapes: R outputs, C inputs, G scales a row. A l
     W8A16       NAME.weight (R, C) int8     NAME.weight_scale (R) float32
     FP8         NAME.weight (R, C) float8_e4m3fn     NAME.weight_scale () NAME.input_scale ()
     FP8_PER_CHANNEL_PER_TOKEN   the same with NAME.weight_scale (R) and no input_scale
+    NVFP4       NAME.weight (R, C / 2) uint8, first code lowest     NAME.weight_scale (R, G)
+                float8_e4m3fn     NAME.weight_scale_2 ()     NAME.input_scale ()
+    W4A16_NVFP4 the same without input_scale
     KV cache    ATTENTION.k_proj.k_scale ()    ATTENTION.v_proj.v_scale (), for fp8
 
-The loader joins q, k and v (gate and up) and, for FP8, rounds them again if their scales differ.
+The loader joins q, k and v (gate and up) and, for FP8, rounds them again if their scales differ;
+in NVFP4 they are given one global scale here, for which scales of blocks are rounded again.
 """
 
 from __future__ import annotations
@@ -37,16 +41,19 @@ from optpipe.export.folder import (
     KEY,
     VALUE,
     Folder,
+    block_scales,
     check_cache,
     check_dtype,
     check_layers,
+    global_scales,
     write_json,
 )
 from optpipe.export.vllm import eight_bit
-from optpipe.linear import PER_CHANNEL, PER_TENSOR, Form, Layers, Quantized
+from optpipe.linear import PER_CHANNEL, PER_TENSOR, Form, Layers, Quantized, pack
 from optpipe.stage import Progress, Stage
 
 INT4, INT8, FP8, FP8_TOKEN = "W4A16_AWQ", "W8A16", "FP8", "FP8_PER_CHANNEL_PER_TOKEN"
+FP4, FP4_WEIGHTS = "NVFP4", "W4A16_NVFP4"
 JOINED = tuple(part for parts in FUSED for part in parts)
 REQUESTS, PROMPT, NEW = 32, 128, 128
 """What bench.sh runs: requests, tokens in, tokens out."""
@@ -99,7 +106,12 @@ class Trtllm(Stage):
         plain = not any(told.values())
         folder = Folder(checkpoint=checkpoint, out=out, dtype=self.dtype, cache=cache_scale)
         settings = None if plain else _quantization_config(layers, told)
-        folder.write(self._encode, settings, progress)
+        wholes = global_scales(checkpoint, layers)
+
+        def tensors(name: str, layer: Quantized) -> dict[str, Tensor]:
+            return fp4(name, layer, wholes[name]) if name in wholes else self._encode(name, layer)
+
+        folder.write(tensors, settings, progress)
         if not plain:
             write_json(out / "hf_quant_config.json", _hf_quant_config(layers, told))
         _write_commands(checkpoint, out)
@@ -119,6 +131,9 @@ def algorithm(form: Form) -> dict[str, Any]:
         return {"quant_algo": FP8}
     if (form.number, form.inputs, form.group_size) == ("fp8", "fp8_token", PER_CHANNEL):
         return {"quant_algo": FP8_TOKEN}
+    if form.number == "nvfp4":
+        name = FP4_WEIGHTS if form.inputs is None else FP4
+        return {"quant_algo": name, "group_size": form.group_size}
     if form.number == "int" and form.inputs is not None:
         raise ValueError(
             "TensorRT-LLM from 1.3 on multiplies no int8 activations; export=vllm does, and int8 "
@@ -136,7 +151,7 @@ def algorithm(form: Form) -> dict[str, Any]:
         }
     raise ValueError(
         "TensorRT-LLM loads symmetric int4 in groups, int8 by channel, fp8 by layer with fp8_tensor"
-        f" inputs or by channel with fp8_token inputs; got {form.bits}-bit {form.number}, "
+        f" inputs or by channel with fp8_token inputs, nvfp4; got {form.bits}-bit {form.number}, "
         f"group_size={form.group_size}, symmetric={form.symmetric}, inputs={form.inputs}"
     )
 
@@ -174,9 +189,11 @@ def _hf_quant_config(layers: Layers, told: dict[str, Any]) -> dict[str, Any]:
 def _quantization_config(layers: Layers, told: dict[str, Any]) -> dict[str, Any]:
     """The same in config.json, in the words of compressed-tensors where it has them."""
     eight = {"dynamic": False, "num_bits": 8, "type": "float"}
-    group = {"input_activations": eight, "weights": eight, "targets": ["Linear"]}
+    four = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": told.get("group_size")}
+    both = {FP8: eight, FP4: four}.get(told["quant_algo"])
+    group = {"input_activations": both, "weights": both, "targets": ["Linear"]}
     return {
-        **({"config_groups": {"group_0": group}} if told["quant_algo"] == FP8 else {}),
+        **({"config_groups": {"group_0": group}} if both else {}),
         **({"kv_cache_scheme": eight} if told["kv_cache_quant_algo"] else {}),
         "ignore": _excluded(layers),
         **({"quant_algo": told["quant_algo"]} if told["quant_algo"] else {}),
@@ -196,6 +213,18 @@ def encode(name: str, layer: Quantized) -> dict[str, Tensor]:
     found[f"{name}.weight_scale"] = scales.reshape(()) if kind == FP8 else scales[:, 0]
     if layer.input_scale is not None:
         found[f"{name}.input_scale"] = layer.input_scale.float().reshape(())
+    return found
+
+
+def fp4(name: str, layer: Quantized, whole: Tensor) -> dict[str, Tensor]:
+    """Those of a layer in nvfp4 whose global scale is to be ``whole``."""
+    found = {
+        f"{name}.weight": pack(layer.codes, 4),
+        f"{name}.weight_scale": block_scales(layer, whole),
+        f"{name}.weight_scale_2": whole.reshape(()),
+    }
+    if layer.input_scale is not None:
+        found[f"{name}.input_scale"] = layer.input_scale.reshape(())
     return found
 
 

@@ -64,7 +64,9 @@ class TrtllmLegacy(Stage):
                         f"{self.tensor_parallel} ranks get {part} inputs of '{name}' each, which "
                         f"groups of {form.group_size} do not divide"
                     )
-        if told.get("quant_algo") == trtllm.FP8_TOKEN:
+        if (algorithm := told.get("quant_algo")) in (trtllm.FP4, trtllm.FP4_WEIGHTS):
+            raise ValueError(f"export=trtllm_legacy writes no {algorithm}; export=trtllm does")
+        if algorithm == trtllm.FP8_TOKEN:
             raise ValueError("trtllm-build took fp8 by layer (group_size=0), not by channel")
         return layers
 

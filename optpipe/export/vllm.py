@@ -9,9 +9,13 @@ C inputs, G scales a row. A layer NAME becomes
     ("int-quantized")         [NAME.input_scale (1), unless every token has its own]
     fp8 weights, fp8 inputs   the same in float8_e4m3fn
     or none ("float-quantized")
+    nvfp4 weights, inputs     NAME.weight_packed (R, C / 2) uint8, first code lowest
+    in nvfp4 or as they are   NAME.weight_scale (R, G) float8_e4m3fn
+    ("nvfp4-pack-quantized")  NAME.weight_global_scale (1), its inverse [NAME.input_global_scale]
     a KV cache in fp8         ATTENTION.k_scale (1)   ATTENTION.v_scale (1)
 
-with scales of 8-bit weights and of inputs in float32, which vLLM keeps them in.
+with scales of 8-bit weights and of inputs in float32, which vLLM keeps them in. Layers in nvfp4
+that vLLM multiplies as one get one global scale, for which scales of blocks are rounded again.
 https://github.com/vllm-project/compressed-tensors; checked against 0.17 and vLLM 0.25.1.
 """
 
@@ -30,7 +34,14 @@ from optpipe.artifact import Artifact, Stats
 from optpipe.cache.static import number_after
 from optpipe.checkpoint import Checkpoint
 from optpipe.errors import InputError
-from optpipe.export.folder import Folder, check_cache, check_dtype, check_layers
+from optpipe.export.folder import (
+    Folder,
+    block_scales,
+    check_cache,
+    check_dtype,
+    check_layers,
+    global_scales,
+)
 from optpipe.linear import BLOCKS, PER_CHANNEL, PER_TENSOR, Form, Layers, Quantized, pack
 from optpipe.microscaling import FP8
 from optpipe.stage import Progress, Stage
@@ -40,6 +51,7 @@ VERSION = "0.17.0"
 CACHE = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
 """How compressed-tensors calls a KV cache in fp8 with scales known beforehand."""
 PACKED, INTEGER, FLOAT = "pack-quantized", "int-quantized", "float-quantized"
+FP4 = "nvfp4-pack-quantized"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,14 +85,24 @@ class Vllm(Stage):
         checkpoint = Checkpoint(source.path)
         self.follow([], checkpoint)
         fp8 = checkpoint.cache is not None
-        settings = quantization(model.layers(checkpoint), CACHE if fp8 else None)
+        layers = model.layers(checkpoint)
+        settings, wholes = (
+            quantization(layers, CACHE if fp8 else None),
+            global_scales(checkpoint, layers),
+        )
+
+        def tensors(name: str, layer: Quantized) -> dict[str, Tensor]:
+            return fp4(name, layer, wholes[name]) if name in wholes else encode(name, layer)
+
         folder = Folder(checkpoint=checkpoint, out=out, dtype=self.dtype, cache=cache_scale)
-        folder.write(encode, settings, progress)
+        folder.write(tensors, settings, progress)
         return {"dtype": self.dtype, "layout": settings and settings["format"], "fp8_cache": fp8}
 
 
 def scheme(form: Form) -> dict[str, Any]:
     """The entry of config_groups for layers of this form, ``targets`` aside. Raises ValueError."""
+    if form.number == "nvfp4":
+        return _fp4_scheme(form)
     if form.number in BLOCKS:
         raise ValueError(f"the checkpoint for vLLM has no layout of {form.number} here")
     if form.bits not in (4, 8):
@@ -107,6 +129,22 @@ def _eight_bit_scheme(form: Form) -> dict[str, Any]:
         )
     layout = FLOAT if kind == "fp8" else INTEGER
     return {"weights": _numbers(form), "input_activations": _inputs(form), "format": layout}
+
+
+def _fp4_scheme(form: Form) -> dict[str, Any]:
+    """Blocks with scales of 8 bits; those of inputs are found as they come."""
+    numbers = {
+        "num_bits": 4,
+        "type": "float",
+        "symmetric": True,
+        "strategy": "tensor_group",
+        "group_size": form.group_size,
+        "dynamic": False,
+        "scale_dtype": "torch.float8_e4m3fn",
+        "zp_dtype": "torch.float8_e4m3fn",
+    }
+    rounded = None if form.inputs is None else {**numbers, "dynamic": "local"}
+    return {"weights": numbers, "input_activations": rounded, "format": FP4}
 
 
 def _numbers(form: Form) -> dict[str, Any]:
@@ -188,6 +226,18 @@ def encode(name: str, layer: Quantized) -> dict[str, Tensor]:
     }
     if layer.input_scale is not None:
         found[f"{name}.input_scale"] = layer.input_scale.float().reshape(1)
+    return found
+
+
+def fp4(name: str, layer: Quantized, whole: Tensor) -> dict[str, Tensor]:
+    """Those of a layer in nvfp4 whose global scale is to be ``whole``."""
+    found = {
+        f"{name}.weight_packed": pack(layer.codes, 4),
+        f"{name}.weight_scale": block_scales(layer, whole),
+        f"{name}.weight_global_scale": 1 / whole.reshape(1),
+    }
+    if layer.input_scale is not None:
+        found[f"{name}.input_global_scale"] = 1 / layer.input_scale.reshape(1)
     return found
 
 

@@ -38,23 +38,28 @@ from optpipe.checkpoint import Checkpoint
 from optpipe.export import vllm
 from optpipe.export.readback import read_back
 from optpipe.export.trtllm import Trtllm
+from optpipe.quant.nvfp4 import Nvfp4
 from optpipe.quant.rtn import Rtn
 from optpipe.source import Demo, Random
+from optpipe.stage import Stage
 
 PROMPTS, PROMPT, NEW = 8, 64, 32
 MARK = "FOUND "
 EIGHT = {"bits": 8, "group_size": -1}
 STATIC = {"bits": 8, "number": "fp8", "group_size": 0, "inputs": "fp8_tensor"}
+INT4, INT8 = Rtn(bits=4, group_size=128), Rtn(bits=8, group_size=-1)
 KINDS = {
     "float16": (None, vllm.Vllm),
-    "int4 g128": ("int4", vllm.Vllm),
-    "int8 weights": ("int8", vllm.Vllm),
+    "int4 g128": (INT4, vllm.Vllm),
+    "int8 weights": (INT8, vllm.Vllm),
     "int8 W8A8 per token": ({**EIGHT, "inputs": "int8_token"}, vllm.Vllm),
     "fp8 per token": ({**EIGHT, "number": "fp8", "inputs": "fp8_token"}, vllm.Vllm),
     "fp8 per tensor": (STATIC, vllm.Vllm),
+    "nvfp4 weights": (Nvfp4(), vllm.Vllm),
     "modelopt FP8": (STATIC, Trtllm),
     "modelopt FP8 per token": ({**EIGHT, "number": "fp8", "inputs": "fp8_token"}, Trtllm),
-    "modelopt W4A16_AWQ": ("int4", Trtllm),  # vLLM 0.25.1 knows no such algorithm
+    "modelopt W4A16_NVFP4": (Nvfp4(), Trtllm),
+    "modelopt W4A16_AWQ": (INT4, Trtllm),  # vLLM 0.25.1 knows no such algorithm
 }
 
 
@@ -85,9 +90,8 @@ def input_scales(folder, vocab):
 def quantized(form, source, out, scales):
     if form is None:
         return source
-    if form in ("int4", "int8"):
-        rtn = Rtn(bits=4, group_size=128) if form == "int4" else Rtn(bits=8, group_size=-1)
-        return stage(rtn, source, out)
+    if isinstance(form, Stage):
+        return stage(form, source, out)
     layers = model.layers(Checkpoint(source.path))
     planned = {n: f if n == "lm_head" else replace(f, **form) for n, f in layers.items()}
 
