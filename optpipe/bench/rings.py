@@ -112,6 +112,7 @@ class Rings(Cache):
     """The KV cache of a model; ``windows``: of each layer, None where it sees all tokens."""
 
     def __init__(self, windows: Sequence[int | None]) -> None:
+        assert len({*windows} - {None}) <= 1, "transformers' models have one mask for all windows"
         self.rings = [Ring(window) for window in windows]
         super().__init__(layers=list(self.rings))
 
