@@ -1,6 +1,6 @@
 """What a method takes on a model of random weights: time, peak memory of the process and the GPU.
 
-    python tests/memory.py STORE llama_1b quant=gptq 128 512 [BLOCKS]
+    python tests/memory.py STORE llama_1b quant=gptq[,FIELD=VALUE] 128 512 [BLOCKS]
 
 quantizes or prunes the shape (conf/model/shapes) on SAMPLES x TOKENS random tokens; with BLOCKS,
 only so many decoder blocks of it: all blocks are alike, and so is the peak of each.
@@ -37,8 +37,10 @@ def main(store: str, name: str, method: str, samples: str, tokens: str, blocks: 
         source = Random(config=shape(name, blocks, Path(folder))).prepare(Path(store))
     print(f"weights: {source.size_bytes / 1e9:.2f} GB in {time.monotonic() - started_s:.0f} s")
     calib = {"source": "random", "samples": int(samples), "tokens": int(tokens)}
-    group, _, option = method.partition("=")
+    choice, *fields = method.split(",")
+    group, _, option = choice.partition("=")
     node = OmegaConf.load(data_dir("conf") / group / f"{option}.yaml")
+    node.merge_with(OmegaConf.from_dotlist(fields))
     stage = build(OmegaConf.create({"calib": calib, "stage": node}).stage)
     out = Path(store) / "out"
     shutil.rmtree(out, ignore_errors=True)
