@@ -85,7 +85,7 @@ def _artifact(arm: Arm, table: Table) -> Entry:
     return {
         "name": arm.name,
         "role": _role(arm, outcome),
-        "stage": artifact.lineage[-1] if artifact.lineage else "baseline",
+        "stage": "endpoint" if arm.endpoint else (artifact.lineage or ("baseline",))[-1],
         "lineage": list(artifact.lineage),
         "format": artifact.format,
         "key": artifact.key,

@@ -97,6 +97,17 @@ def test_jobs_of_other_scenarios_and_without_advice_are_merged_too(sweep, tmp_pa
     assert "poisson arrivals at 12.5 a second" in text and "Under load" in page
 
 
+def test_an_endpoint_is_not_merged_with_what_it_serves(sweep):
+    jobs = {name: job_report(4.0, "a", cells=1) for name in ("x=1", "x=2")}
+    for report in jobs.values():
+        served = {**report["artifacts"][-1], "name": "endpoint", "role": "endpoint"}
+        report["artifacts"].append(served)
+    alone = len(next(iter(jobs.values()))["artifacts"])
+    found = sweep(jobs)
+    assert len(found["artifacts"]) == alone
+    assert [a["role"] for a in found["artifacts"]][-2:] == ["artifact", "endpoint"]
+
+
 def test_every_stage_is_held_against_that_of_its_own_job(sweep):
     found = sweep({"quant.bits=3": job_report(4.0, "a"), "quant.bits=4": job_report(8.0, "b")})
     last = found["artifacts"][-1]

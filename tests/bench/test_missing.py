@@ -51,7 +51,7 @@ def test_an_endpoint_is_timed_in_server_cells_alone_and_not_judged(found):
     timed = {s.cell.scenario for s in found.measured.samples if s.arm == "served"}
     assert timed == {"server"}
     entry = report.build(found, {"bench": {}})["artifacts"][2]
-    assert entry["role"] == "endpoint" and entry["dtype"] == "float32"
+    assert entry["role"] == entry["stage"] == "endpoint" and entry["dtype"] == "float32"
     assert entry["quality"]["reasons"]["tier"] == report.NO_LOGITS
     told = {cell["scenario"]: cell["reasons"].get("tpot_s") for cell in entry["cells"]}
     assert told == {"single": ONLY_REQUESTS, "server": None}

@@ -79,7 +79,8 @@ def merged(done: Mapping[str, Entry]) -> Entry:
 def _identity(artifact: Mapping[str, Any], report: Mapping[str, Any]) -> str:
     """Equal for equal content that was measured in the same way."""
     how = {key: report["run"][key] for key in ("bench", "threads", "versions", "scenarios")}
-    return json.dumps([artifact["key"], artifact["dtype"], artifact["device"], how])
+    served = artifact["role"] == "endpoint"
+    return json.dumps([artifact["key"], served, artifact["dtype"], artifact["device"], how])
 
 
 def _artifact(
