@@ -1,31 +1,36 @@
 """How much the loss of the model feels a change in a layer's output: the empirical Fisher.
 
 To second order a change d of the output of a layer at one token adds (g . d)^2 / 2 to the loss,
-with g the gradient of the summed loss there; if d has no preferred direction, |g|^2 |d|^2 / (2 R)
-for R outputs (the output factor of K-FAC, arXiv:1503.05671, reduced to its trace). With it errors
-of different layers can be added up, which an allocation under one budget needs.
+with g the gradient of the summed loss there. With errors of the output that do not depend on its
+gradient, tr(D H D^T G) / 2 a token for a change D of the weight, H = E[x x^T] of the inputs and
+G = E[g g^T] (the factors of K-FAC, arXiv:1503.05671). With it errors of different layers can be
+added up, which an allocation under one budget needs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from optpipe import model
+from optpipe.calibrate import Gram
 from optpipe.checkpoint import Checkpoint
 from optpipe.device import fastest
-from optpipe.flow import call, start
+from optpipe.flow import call, inputs, start
+from optpipe.linear import weight_of
 from optpipe.stage import Progress
 
-SAMPLES = 8
-"""Samples that are looked at; one number a layer needs no more."""
+Felt = tuple[str, nn.Module, Gram, Gram]
+"""(layer name, layer, Gram matrix of its inputs, and of the gradients of its outputs)."""
 
 
-def sensitivities(checkpoint: Checkpoint, ids_ST: Tensor, progress: Progress) -> dict[str, float]:
-    """|g|^2 / (2 R) of every layer in the blocks, the mean over tokens.
+def felt(
+    checkpoint: Checkpoint, ids_ST: Tensor, wanted: Collection[str], progress: Progress
+) -> Iterator[Felt]:
+    """Both Gram matrices of every wanted layer, from the last block to the first.
 
     With one block in memory at a time: the hidden states between blocks are kept, each block is run
     again on its way back.
@@ -33,7 +38,7 @@ def sensitivities(checkpoint: Checkpoint, ids_ST: Tensor, progress: Progress) ->
     device, blocks = fastest(), checkpoint.decoder.blocks
     lm = model.skeleton(checkpoint)
     with torch.no_grad():
-        flow = start(lm, blocks, ids_ST[:SAMPLES]).to(device)
+        flow = start(lm, blocks, ids_ST).to(device)
         between = [flow.hidden]
         for index, block in enumerate(blocks):
             progress(f"{block.name} forward", index, 2 * len(blocks))
@@ -42,24 +47,24 @@ def sensitivities(checkpoint: Checkpoint, ids_ST: Tensor, progress: Progress) ->
             model.drop(lm, block.name)
     gradients = [
         _end(lm, checkpoint, hidden, ids_T)
-        for hidden, ids_T in zip(between.pop(), ids_ST, strict=False)
+        for hidden, ids_T in zip(between.pop(), ids_ST, strict=True)
     ]
     lm = model.skeleton(checkpoint)  # a block that was dropped cannot be filled again
-    found: dict[str, float] = {}
     for index, block in reversed([*enumerate(blocks)]):
         progress(f"{block.name} backward", 2 * len(blocks) - index, 2 * len(blocks))
         module = model.fill(lm, block.name, checkpoint, torch.float32).to(device)
-        for name, layer in model.block_linears(lm, block):
-            found[name] = 0.0
-            layer.register_forward_hook(_collect(found, name))
+        layers = {name: m for name, m in model.block_linears(lm, block) if name in wanted}
+        grams = {name: (Gram(inputs(m)), Gram(len(weight_of(m)))) for name, m in layers.items()}
+        for name, layer in layers.items():
+            layer.register_forward_hook(_collect(*grams[name]))
         for sample, hidden in enumerate(between.pop()):
             hidden.requires_grad_()
             call(module, flow, index, hidden).backward(gradients[sample])
             assert hidden.grad is not None
             gradients[sample] = hidden.grad
+        for name, layer in layers.items():
+            yield name, layer, *grams.pop(name)
         model.drop(lm, block.name)
-    tokens = ids_ST[:SAMPLES].numel()
-    return {name: value / tokens for name, value in found.items()}
 
 
 def _end(lm: nn.Module, checkpoint: Checkpoint, hidden: Tensor, ids_T: Tensor) -> Tensor:
@@ -74,11 +79,9 @@ def _end(lm: nn.Module, checkpoint: Checkpoint, hidden: Tensor, ids_T: Tensor) -
     return hidden.grad.to(fastest())
 
 
-def _collect(found: dict[str, float], name: str) -> Callable[..., None]:
-    def hook(_: nn.Module, __: tuple[Tensor], output: Tensor) -> None:
-        def add(gradient: Tensor) -> None:
-            found[name] += float(gradient.square().sum()) / (2 * gradient.shape[-1])
-
-        output.register_hook(add)
+def _collect(fed: Gram, gradients: Gram) -> Callable[..., None]:
+    def hook(_: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        fed.add(args[0].detach().flatten(0, -2))
+        output.register_hook(lambda gradient: gradients.add(gradient.flatten(0, -2)))
 
     return hook

@@ -125,7 +125,8 @@ def pruned_factorized_quantized(run, folder):
     first, second, _ = Checkpoint(folder).decoder.blocks
     pruned = run(Wanda(targets=[f"{first.name}.*"], calib=run.calib), folder)
     targets = [f"{second.name}.mlp.*"]
-    factorized = run(SvdLlm(keep=0.9, targets=targets, calib=run.calib), pruned)
+    uniform = SvdLlm(keep=0.9, allocation="uniform", targets=targets, calib=run.calib)
+    factorized = run(uniform, pruned)
     return pruned, run(Gptq(group_size=32, calib=run.calib), factorized)
 
 

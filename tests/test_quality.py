@@ -5,7 +5,7 @@ better, the product must be good enough, and bad methods must hurt as they do on
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -99,10 +99,11 @@ def test_bad_methods_hurt(cost):
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_svd_that_knows_the_inputs_beats_plain_svd(cost):
+def test_svd_that_knows_the_inputs_beats_plain_svd_and_one_budget_as_much_everywhere(cost):
     targets = ["*o_proj", "*up_proj"]
-    ours, asvd = (cost(s(keep=0.8, targets=targets, calib=CALIB)) for s in (SvdLlm, Asvd))
-    assert ours < asvd < cost(Svd(keep=0.8, targets=targets))
+    shared = SvdLlm(targets=targets, calib=CALIB)
+    uniform, asvd = replace(shared, allocation="uniform"), Asvd(targets=targets, calib=CALIB)
+    assert cost(shared) < cost(uniform) < cost(asvd) < cost(Svd(targets=targets))
 
 
 @pytest.mark.slow

@@ -133,15 +133,19 @@ def test_directions_without_inputs_do_not_break_a_refit():
 
 @settings(deadline=None, max_examples=15)
 @given(kind=st.sampled_from(KINDS), seed=st.integers(0, 50))
-def test_what_every_rank_loses_is_known_from_one_decomposition(kind, seed):
+def test_what_the_loss_feels_of_every_rank_is_known_from_one_decomposition(kind, seed):
+    """tr(D H D^T G), with D what the factors of that rank are off by."""
     weight, gram = layer(kind, seed)
-    lost = discarded(weight, gram)
-    whole = loss(weight, torch.zeros_like(weight), gram)
+    gradients = layer("correlated", seed + 1, cols=24)[1]
+    lost = discarded(weight, gram, gradients)
+    whole = float(torch.trace(weight @ gram @ weight.T @ gradients))
     assert len(lost) == 25 and lost[-1] == 0
     assert float(lost[0]) == pytest.approx(whole, rel=1e-9)
     for rank in (1, 8, 20):
         left, right = whitened(weight, gram, rank)
-        assert abs(loss(weight, left @ right, gram) - float(lost[rank])) < 1e-8 * whole
+        off = weight - left @ right
+        expected = float(torch.trace(off @ gram @ off.T @ gradients))
+        assert abs(expected - float(lost[rank])) < 1e-8 * whole
 
 
 @pytest.fixture
@@ -178,7 +182,7 @@ def test_a_quantization_needs_groups_that_divide_every_rank_there_may_be(allocat
 
 def test_ranks_go_where_the_loss_feels_them_and_a_costly_layer_stays_whole():
     """Two layers of the same size, one with a spectrum that no rank can leave out anything of."""
-    stage, form = SvdLlm(allocation="allocator", rank_multiple=4), Form(rows=24, cols=40)
+    stage, form = SvdLlm(rank_multiple=4), Form(rows=24, cols=40)
     flat, steep = torch.linspace(1, 0, 25) * 100, torch.linspace(1, 0, 25) ** 12
     curves = {"flat": stage.options(form, flat), "steep": stage.options(form, steep)}
     assert [option.cost for option in curves["flat"]] == [256, 512, 768, 960]
@@ -192,21 +196,21 @@ def test_an_unknown_allocation_is_refused():
 
 def test_a_layer_too_small_for_a_rank_stays_whole_under_one_budget_and_is_refused_alone():
     layers = {"large": Form(rows=64, cols=96), "small": Form(rows=6, cols=64)}
-    planned = SvdLlm(allocation="allocator", rank_multiple=8).plan(layers)
+    planned = SvdLlm(rank_multiple=8).plan(layers)
     assert [*planned] == ["large.right", "large.left", "small"]
     with pytest.raises(
         ValueError, match=r"'small' .*multiple of 8; lower rank_multiple to at mo.* 4"
     ):
-        SvdLlm(rank_multiple=8).plan(layers)
+        SvdLlm(allocation="uniform", rank_multiple=8).plan(layers)
     with pytest.raises(
         ValueError, match=r"'small' \(1 x 64\) no rank .*; leave it out of targets$"
     ):
-        SvdLlm(rank_multiple=1).plan({"small": Form(rows=1, cols=64)})
+        SvdLlm(allocation="uniform", rank_multiple=1).plan({"small": Form(rows=1, cols=64)})
 
 
 def test_a_budget_that_no_ranks_meet_is_refused_before_any_work():
     """The least is 32 * 160 of 6144 parameters in the large layer and all 384 of the small one."""
     layers = {"large": Form(rows=64, cols=96), "small": Form(rows=6, cols=64)}
     with pytest.raises(ValueError, match=r"keep=0.8 is below 0.843, the share .* at rank 32"):
-        SvdLlm(allocation="allocator", keep=0.8).plan(layers)
-    SvdLlm(allocation="allocator", keep=0.85).plan(layers)
+        SvdLlm(keep=0.8).plan(layers)
+    SvdLlm(keep=0.85).plan(layers)

@@ -126,7 +126,7 @@ def test_what_cannot_be_is_refused(tiny):
 def test_a_budget_holds_for_every_rank_that_may_come():
     """Whole rows share a scale, so that small ranks cost more a weight: 16 bits for 4 of them."""
     layers = {name: Form(rows=r, cols=c) for name, (r, c) in {"a": (64, 96), "b": (96, 8)}.items()}
-    open_ranks = SvdLlm(allocation="allocator", rank_multiple=4, targets=["a"]).plan(layers)
+    open_ranks = SvdLlm(rank_multiple=4, targets=["a"]).plan(layers)
     most = open_ranks["a.left"].cols
 
     def least(rank):

@@ -1,17 +1,25 @@
-"""What structured pruning costs the bundled model and what recovery wins back, on held-out text.
+"""What structured pruning, 2:4 and low rank cost the bundled model and what recovery wins back, on
+held-out text.
 
-    PYTHONPATH=.:tests python tests/recover/figures.py [depth] [width] [sparse24] [lowrank]
+    PYTHONPATH=.:tests python tests/recover/figures.py [NAME ...] [--workers N]
 
-Minutes of CPU each. Perplexity as in tests/test_quality.py. The share won back is that of the gap
-between the compressed and the untouched model. Ends with an error where less is reached than what
-each figure names.
+Chains of stages run in parallel processes, on GPUs where there are any. Perplexity as in
+tests/test_quality.py. What is won back is the share of the gap between the model compressed naively
+and the untouched one. Ends with an error where less is won than a figure names.
 """
 
+import argparse
+import os
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import fields
+from hashlib import sha256
+from multiprocessing import current_process, get_context
 from pathlib import Path
 
+import torch
 from test_quality import DEMO, perplexity
 
 from optpipe.artifact import Artifact
@@ -24,68 +32,101 @@ from optpipe.structure.depth import Depth
 from optpipe.structure.width import Width
 
 BASELINE = Artifact(path=DEMO, format="hf", key="b")
+FEW = Calib(samples=16)
+PAIR = ["*o_proj", "*up_proj"]
+FIGURES = {
+    "depth": [
+        ((Depth(share=share, score="influence", calib=FEW),), (Depth(share=share, calib=FEW),), 0.0)
+        for share in (0.125, 0.25)
+    ],
+    "width": [((Width(compensation="none"),), (Width(), Distill(tokens=65_536)), 0.7)],
+    "sparse24": [
+        ((SparseGpt(pattern="2:4"),), (SparseGpt(pattern="2:4"), Blockwise(rate=0.02)), 0.5)
+    ],
+    "lowrank": [
+        (
+            (SvdLlm(allocation="uniform", targets=PAIR),),
+            (SvdLlm(targets=PAIR), Distill()),
+            0.6,
+        )
+    ],
+}
+"""By name: a naive chain of stages, a better one, and the share of the gap to be won back."""
 
 
-class Figures:
-    def __init__(self, folder):
-        self.folder, self.missed = folder, []
-        self.dense = perplexity(DEMO)
-        print(f"{'untouched':44} {self.dense:7.3f}", flush=True)
-
-    def made(self, name, stage, source=BASELINE):
-        """The artifact and its perplexity."""
-        out = self.folder / str(len([*self.folder.iterdir()]))
-        out.mkdir()
-        started = time.monotonic()
-        stage.run_with(source, BASELINE, out, lambda *_: None)
-        spent = time.monotonic() - started
-        found = perplexity(out)
-        print(f"{name:44} {found:7.3f} {found / self.dense - 1:+8.1%} {spent:6.0f} s", flush=True)
-        return Artifact(path=out, format="hf", key="k"), found
-
-    def won(self, before, after, least):
-        share = (before - after) / (before - self.dense)
-        print(f"    {share:.2f} of the gap won back, at least {least} wanted", flush=True)
-        if share < least:
-            self.missed.append(share)
+def said(chain):
+    """The classes of a chain, with the fields that are not as by default."""
+    return " | ".join(
+        f"{type(stage).__name__}({', '.join(_changed(stage, type(stage)()))})" for stage in chain
+    )
 
 
-def depth(figures):
-    calib = Calib(samples=16)
-    for share in (0.125, 0.25):
-        names = ("influence", "greedy")
-        stages = {name: Depth(share=share, score=name, calib=calib) for name in names}
-        by = {name: figures.made(f"depth {share}, {name}", s)[1] for name, s in stages.items()}
-        if by["greedy"] > by["influence"]:
-            figures.missed.append(by)
+def _changed(ours, plain):
+    for name in (field.name for field in fields(ours)):
+        value, other = getattr(ours, name), getattr(plain, name)
+        if isinstance(value, Calib) and value != other:
+            yield f"calib: {', '.join(_changed(value, other))}"
+        elif value != other:
+            yield f"{name}={value}"
 
 
-def width(figures):
-    """The gap is that of the plain cut; compensation alone closes most of it."""
-    _, before = figures.made("width, no compensation", Width(compensation="none"))
-    figures.made("width, compensation by bias", Width(compensation="bias"))
-    narrow, _ = figures.made("width, compensation by weights", Width())
-    _, after = figures.made("  + distill", Distill(tokens=65_536), narrow)
-    figures.won(before, after, 0.7)
+def made(folder, chain):
+    """Run the last stage of a chain on what the others made; perplexity and seconds."""
+    source = Artifact(path=_place(folder, chain[:-1]), format="hf", key="k")
+    (out := _place(folder, chain)).mkdir()
+    started = time.monotonic()
+    chain[-1].run_with(source, BASELINE, out, lambda *_: None)
+    spent = time.monotonic() - started
+    return perplexity(out), spent
 
 
-def sparse24(figures):
-    pruned, before = figures.made("2:4 SparseGPT", SparseGpt(pattern="2:4"))
-    _, after = figures.made("  + blockwise", Blockwise(rate=0.02), pruned)
-    figures.won(before, after, 0.5)
+def _place(folder, chain):
+    return folder / sha256(said(chain).encode()).hexdigest() if chain else DEMO
 
 
-def lowrank(figures):
-    targets = ["*o_proj", "*up_proj"]
-    factors, before = figures.made("SVD-LLM 80 %", SvdLlm(keep=0.8, targets=targets))
-    _, after = figures.made("  + blockwise", Blockwise(), factors)
-    figures.won(before, after, 0.6)
+def measured(chains, workers):
+    """Perplexity after every chain, and after all that it begins with; a table as it goes."""
+    parts = {said(chain[:n]): chain[:n] for chain in chains for n in range(1, len(chain) + 1)}
+    found, dense = {"": perplexity(DEMO)}, perplexity(DEMO)
+    print(f"{dense:8.3f} untouched", flush=True)
+    threads = max(os.cpu_count() // workers, 1)
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), ready, (threads,))
+    with tempfile.TemporaryDirectory() as folder, pool:
+        for length in range(1, max(map(len, chains)) + 1):
+            names = [name for name, part in parts.items() if len(part) == length]
+            jobs = {pool.submit(made, Path(folder), parts[name]): name for name in names}
+            for job in as_completed(jobs):
+                name = jobs[job]
+                found[name], spent = job.result()
+                cost = found[name] / dense - 1
+                print(f"{found[name]:8.3f} {cost:+8.2%} {spent:5.0f} s  {name}", flush=True)
+    return found
+
+
+def ready(threads):
+    """A process of its own share of the cores, and one of the GPUs."""
+    torch.set_num_threads(threads)
+    if gpus := torch.cuda.device_count():
+        torch.cuda.set_device(current_process()._identity[0] % gpus)
+
+
+def missed(chosen, workers):
+    """The figures of which less was reached than they name."""
+    chains = [chain for *pair, _ in chosen for chain in pair]
+    found = measured(chains, workers)
+    for naive, better, least in chosen:
+        before, after = found[said(naive)], found[said(better)]
+        won = (before - after) / (before - found[""])
+        print(f"{won:6.3f} of the gap of {said(naive)}, at least {least} wanted: {said(better)}")
+        if won < least:
+            yield said(better)
 
 
 if __name__ == "__main__":
-    chosen = sys.argv[1:] or ["depth", "width", "sparse24", "lowrank"]
-    with tempfile.TemporaryDirectory() as folder:
-        figures = Figures(Path(folder))
-        for name in chosen:
-            globals()[name](figures)
-    sys.exit(f"not reached: {figures.missed}" if figures.missed else 0)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("figures", nargs="*", default=[*FIGURES])
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+    chosen = [figure for name in options.figures for figure in FIGURES[name]]
+    if under := [*missed(chosen, options.workers)]:
+        sys.exit("not reached: " + "; ".join(under))

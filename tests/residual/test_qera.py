@@ -166,10 +166,10 @@ def test_rank_of_nothing_is_refused():
 BEFORE = {
     "pruned": {"prune": Wanda(sparsity=0.4)},
     "recovered": {"prune": Wanda(sparsity=0.4), "recover": Blockwise(tokens=256, batch=2)},
-    "factorized": {"lowrank": SvdLlm(keep=0.9, rank_multiple=32, targets=["*.mlp.*"])},
-    "settled": {
-        "lowrank": SvdLlm(keep=0.9, rank_multiple=32, allocation="allocator", targets=["*.mlp.*"])
+    "factorized": {
+        "lowrank": SvdLlm(keep=0.9, rank_multiple=32, allocation="uniform", targets=["*.mlp.*"])
     },
+    "settled": {"lowrank": SvdLlm(keep=0.9, rank_multiple=32, targets=["*.mlp.*"])},
     "rotated": {"transform": Rotate()},
     "smoothed": {"transform": SmoothQuant(linears=True)},
     "narrowed": {"structure": Width(multiple=32, mlp=0.4)},
