@@ -1,10 +1,33 @@
-"""What was made against what was planned, where a plan leaves ranks or bits open."""
+"""What was made against what was planned, where a plan leaves ranks, bits or forms open."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from optpipe.linear import Form, Layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Open(Form):
+    """Only in a plan: the stage settles on one of several forms as it runs.
+
+    Its own fields are those of the largest that is quantized.
+    """
+
+    options: tuple[Form, ...]
+
+    def stored_bits(self, float_bits: int = 16, density: float = 1.0) -> float:
+        """Of the largest of its forms."""
+        return max(form.stored_bits(float_bits, density) for form in self.options)
+
+
+def settled(layers: Layers) -> list[Layers]:
+    """Plans without open forms, in which these all took their first option, their second, ..."""
+    counts = {len(form.options) for form in layers.values() if isinstance(form, Open)}
+    return [
+        {n: f.options[index] if isinstance(f, Open) else f for n, f in layers.items()}
+        for index in range(min(counts, default=0))
+    ]
 
 
 def divisor(name: str, form: Form) -> int:
@@ -41,6 +64,8 @@ def departure(made: Layers, planned: Layers) -> str | None:
 
 
 def _within(name: str, form: Form, plan: Form) -> bool:
+    if isinstance(plan, Open):
+        return form in plan.options
     settled = replace(plan, bound=None, choices=None)
     if plan.bound and name.endswith(".right"):
         settled = replace(settled, rows=_settled(form.rows, plan.rows, plan.bound))

@@ -77,7 +77,7 @@ def check(stages: Mapping[str, Stage], source: Source, store: Path) -> list[Step
             if stage.compares and (by := next((s for s in steps[::-1] if s.stage.rewrites), None)):
                 order.check_lost(stage.plan(layers), layers, by.layers, by.name)
             stage.follow([step.stage for step in steps], checkpoint)
-            layers, inputs = stage.plan(layers), stage.inputs(checkpoint)
+            layers, inputs = _planned(stage, layers), stage.inputs(checkpoint)
             limits = stage.limits(limits, checkpoint)
             if (config := stage.resize(checkpoint.config)) is not checkpoint.config:
                 checkpoint = checkpoint.planned(config)
@@ -95,6 +95,15 @@ def check(stages: Mapping[str, Stage], source: Source, store: Path) -> list[Step
                  limits=limits)
         )  # fmt: skip
     return steps
+
+
+def _planned(stage: Stage, layers: Layers) -> Layers:
+    """The plan of a stage, which must take whatever one before it may settle on."""
+    from optpipe import bounds  # imports torch
+
+    for choice in bounds.settled(layers):
+        stage.plan(choice)
+    return stage.plan(layers)
 
 
 def _owned(layers: Layers, tied: bool) -> Layers:

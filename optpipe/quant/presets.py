@@ -62,6 +62,11 @@ class Preset:
     cuda: bool = False
     """Whether modelopt calibrates it on a GPU only."""
 
+    @property
+    def effective_bits(self) -> float:
+        """Bits a weight as modelopt's auto_quantize counts them."""
+        return 4.5 if self.fields.get("number") == "nvfp4" else float(self.fields["bits"])
+
     def form(self, name: str, form: Form, group_size: int) -> Form:
         """What a layer becomes. Raises ValueError if groups do not divide its inputs."""
         made = replace(form, **self.fields)
@@ -108,12 +113,14 @@ PRESETS = {
 and neither do we."""
 
 
-def check_preset(checkpoint: Checkpoint, name: str) -> None:
-    """Raise InputError if there is no GPU for a preset that needs one, or if it divides inputs that
-    nothing could be folded into."""
+def check_preset(checkpoint: Checkpoint, name: str, runs: bool = False) -> None:
+    """Raise InputError if there is no GPU for a preset that needs one to be calibrated or, with
+    ``runs``, to be run by modelopt, or if it divides inputs that nothing could be folded into."""
     preset, decoder = PRESETS[name], checkpoint.decoder
-    if preset.cuda and not torch.cuda.is_available():
-        raise InputError(f"preset '{name}': modelopt calibrates it on CUDA only, and there is none")
+    cuda = preset.cuda or (runs and preset.fields.get("number") in BLOCKS)
+    if cuda and not torch.cuda.is_available():
+        verb = "runs" if runs else "calibrates"
+        raise InputError(f"preset '{name}': modelopt {verb} it on CUDA only, and there is none")
     if preset.scales_inputs and not decoder.gated:
         raise InputError(
             f"preset '{name}' divides the inputs of every layer, but those of "
