@@ -133,12 +133,8 @@ class AutoQuantize(Stage):
                 },
                 quantization_formats=configs,
                 data_loader=batches,
-                forward_step=lambda lm, ids: (
-                    lm(ids, labels=ids, use_cache=False)
-                    if self.method == "gradient"
-                    else lm(ids, use_cache=False).logits
-                ),
-                loss_func=(lambda output, _: output.loss) if self.method == "gradient" else None,
+                forward_step=forward if self.method == "gradient" else logits,
+                loss_func=loss if self.method == "gradient" else None,
                 disabled_layers=[head],
                 num_calib_steps=len(batches),
                 num_score_steps=min(self.score_samples, len(batches)),
@@ -164,3 +160,18 @@ class AutoQuantize(Stage):
                 name = self.formats[recipes.index(recipe)]
                 found |= dict.fromkeys(state["candidate_stats"][key]["module_names"], name)
         return found
+
+
+def forward(lm: nn.Module, ids_1T: Tensor) -> Any:
+    """Output with the loss of predicting each token."""
+    return lm(ids_1T, labels=ids_1T, use_cache=False)
+
+
+def loss(output: Any, ids_1T: Tensor) -> Tensor:
+    found: Tensor = output.loss
+    return found
+
+
+def logits(lm: nn.Module, ids_1T: Tensor) -> Tensor:
+    found: Tensor = lm(ids_1T, use_cache=False).logits
+    return found

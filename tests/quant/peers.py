@@ -63,13 +63,19 @@ def ours(*stages):
 
 
 def modelopt(preset):
-    """As modelopt itself computes it."""
+    """As modelopt itself computes it; 'export:' as it does for its checkpoints, where layers that
+    read the same inputs divide them alike."""
     from optpipe.quant.presets import PRESETS, imported
 
+    exported, _, preset = preset.rpartition(":")
     lm, ids_ST = dense(), Calib().ids(Checkpoint(DEMO))
-    with imported() as mtq:
+    with imported() as mtq, torch.inference_mode():
         config = PRESETS[preset].settings(mtq, 128)
         mtq.quantize(lm, config, lambda lm: [lm(ids[None]) for ids in ids_ST])
+        if exported:
+            from modelopt.torch.export.unified_export_hf import requantize_resmooth_fused_llm_layers
+
+            requantize_resmooth_fused_llm_layers(lm)
     return perplexity(lm)
 
 
@@ -88,7 +94,7 @@ def pairs():
     return {
         "int4 g128, rounding": ([Rtn()], "int4_rtn"),
         "int4 g128, AWQ": ([Awq()], "int4_awq"),
-        "int4 g128, modelopt's AWQ in our form": ([Modelopt(preset="int4_awq")], "int4_awq"),
+        "int4 g128, modelopt's AWQ in our form": ([Modelopt(preset="int4_awq")], "export:int4_awq"),
         "int8, SmoothQuant": ([SmoothQuant(linears=True), Int8()], "int8_smoothquant"),
         "int8, modelopt's in our form": ([Modelopt(preset="int8_smoothquant")], "int8_smoothquant"),
         "fp8": ([Fp8()], "fp8"),
