@@ -76,7 +76,7 @@ def test_neighbours_that_resemble_each_other_are_rarely_cut(rho):
         for step in noise[1:]:
             values.append(rho * values[-1] + step)
         cuts += late_start(values) > 0
-    assert cuts <= 60, cuts
+    assert cuts <= 30, cuts
 
 
 def test_too_few_values_have_no_head():
