@@ -24,6 +24,7 @@ import numpy as np
 from optpipe.artifact import Artifact
 from optpipe.bench.backend import NOT_DRIVEN, Backend, Ids, backend_class
 from optpipe.bench.timed.clock import Trace, generate
+from optpipe.bench.timed.usage import Usage, used
 from optpipe.errors import StageError
 
 START_S = 300.0
@@ -91,16 +92,10 @@ class Loaded:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Iteration:
+class Iteration(Usage):
     """The answer to :class:`Iterate`."""
 
     trace: Trace
-    cpu_s: float
-    """CPU time of all threads of the worker."""
-    peak_bytes: int | None
-    """None where the system does not keep a peak that can be reset."""
-    device_s: tuple[float, ...] | None = None
-    """What the device worked in each step, between events of its own; None on a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,21 +107,9 @@ class Iterate:
     limit_ns: int | None = None
 
     def __call__(self, backend: Backend) -> Iteration:
-        clock = time.perf_counter_ns
-        has_peak = True
-        try:
-            backend.reset_peak()
-        except OSError:
-            has_peak = False
-        cpu_ns = backend.cpu_ns()
-        trace = generate(backend, self.ids_BS, self.new_tokens, self.limit_ns, clock)
-        cpu_s = (backend.cpu_ns() - cpu_ns) / 1e9
-        return Iteration(
-            trace=trace,
-            cpu_s=cpu_s,
-            peak_bytes=backend.peak_bytes() if has_peak else None,
-            device_s=backend.device_s(),
-        )
+        asked = (self.ids_BS, self.new_tokens, self.limit_ns, time.perf_counter_ns)
+        trace, usage = used(backend, lambda: generate(backend, *asked))
+        return Iteration(trace=trace, **vars(usage))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from optpipe.bench.backend import open_backend
 from optpipe.bench.fidelity import quality
 from optpipe.bench.fidelity.divergence import concatenate
 from optpipe.bench.fidelity.quality import Judged, QualityConfig, Windows, cut
-from optpipe.bench.fidelity.questions import Compare, Greedy, Reference, Sample, Steady
+from optpipe.bench.fidelity.questions import Compare, Greedy, Reference, Steady, Write
 from optpipe.bench.fidelity.reference import keep_in
 from optpipe.bench.scenario import Cell, hash_ids, prompts
 from optpipe.errors import InputError
@@ -209,7 +209,7 @@ def test_sampled_text_follows_the_probabilities_of_the_model(tiny):
     """A model predicts its own samples as well as its entropy says, random ids far worse."""
     rng = np.random.default_rng(0)
     with open_backend(Artifact(path=tiny(), format="hf", key="k")) as backend:
-        ids_WS = Sample(ids_BS=rng.integers(0, 288, (16, 1)), tokens=60, seed=4)(backend)
+        ids_WS = Write(ids_BS=rng.integers(0, 288, (16, 1)), tokens=60, seed=4)(backend)
         logits = torch.from_numpy(backend.score(ids_WS)[:, :-1]).double()
     log_p = logits.log_softmax(-1)
     entropy = -(log_p.exp() * log_p).sum(-1).mean().item()

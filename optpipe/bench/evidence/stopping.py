@@ -16,7 +16,7 @@ LEFT = 4
 """Values that must remain for them to be a state."""
 STEP, MAD_SD = 6.0, 1.4826
 """Standard deviations that a start is above what follows; one of them in median deviations. Of 24
-values that drift (autocorrelation 0.75), though nothing changed, 4.7 % were cut at 4, 1.9 % at 6."""
+values that drift (autocorrelation 0.75) and do not leap, 4.7 % were cut at 4, 1.9 % are at 6."""
 FALSE_CUT, ORDERS = 0.01, 10_000
 """How often a steady series is cut, and how many random orders tell what that takes."""
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from optpipe.bench.backend import Ids
 from optpipe.bench.fidelity.divergence import Positions
-from optpipe.bench.fidelity.questions import Compare, Greedy, Reference, Sample, Steadiness, Steady
+from optpipe.bench.fidelity.questions import Compare, Greedy, Reference, Steadiness, Steady, Write
 from optpipe.bench.fidelity.reference import references
 from optpipe.bench.scenario import Cell, hash_ids, prompts
 from optpipe.bench.worker import Command, Loaded, Worker
@@ -174,7 +174,7 @@ def prepare(
 def sampled(worker: Worker, given: Windows, seed: int) -> Windows:
     """The same windows, but what follows their first token is the baseline's own text."""
     size = given.ids_WS.shape[1]
-    command = Sample(ids_BS=given.ids_WS[:, :1], tokens=size, seed=seed)
+    command = Write(ids_BS=given.ids_WS[:, :1], tokens=size, seed=seed)
     ids_WS: Ids = worker.ask(command, "sampling text", ANSWER_S)
     source = {**given.source, **_about(ids_WS), "sampled_from": worker.arm.name}
     return replace(given, ids_WS=ids_WS, source=source, is_text=True)

@@ -95,7 +95,7 @@ class Greedy:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
+class Write:
     """Ask the baseline for text: each row goes on from its ids by sampling at temperature 1."""
 
     ids_BS: Ids

@@ -12,7 +12,7 @@ UNANSWERED = "not answered when the time was over"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class Answers:
     """What a server did."""
 
     requests: list[Request] = field(default_factory=list)
@@ -40,7 +40,7 @@ class Live:
         self.chunks.append((now_ns, len(tokens)))
         return len(self.tokens) >= self.arrived.ask.new_tokens
 
-    def leave(self, found: Outcome) -> None:
+    def leave(self, found: Answers) -> None:
         begin_ns = self.arrived.submit_ns if self.start_ns is None else self.start_ns
         end_ns = self.chunks[-1][0] if self.chunks else begin_ns
         failed_ns, error = self.failed or (end_ns, None)

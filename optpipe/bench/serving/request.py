@@ -21,8 +21,9 @@ from itertools import pairwise
 import numpy as np
 
 from optpipe.bench.scenario import Objective
+from optpipe.bench.timed import clock
 
-LATENCIES = ("ttft_s", "ttft_sched_s", "queue_s", "prefill_s", "tpot_s", "e2e_s")
+LATENCIES = (*clock.LATENCIES, "ttft_sched_s")
 """Of one request; of many, the median of those that have it."""
 RATES = ("tokens_per_s", "total_tokens_per_s", "requests_per_s", "steady_tokens_per_s",
          "goodput_per_s")  # fmt: skip

@@ -20,10 +20,11 @@ from optpipe.bench.backend import Backend
 from optpipe.bench.scenario import Objective, hash_ids
 from optpipe.bench.serving import request
 from optpipe.bench.serving.feeds import Arrived, Ask, Closed, Feed, Open
-from optpipe.bench.serving.live import Live, Outcome, request_of
+from optpipe.bench.serving.live import Answers, Live, request_of
 from optpipe.bench.serving.request import Request, Values
 from optpipe.bench.serving.streams import Streams, concurrent
 from optpipe.bench.timed.clock import Clock, Trace
+from optpipe.bench.timed.usage import Usage, used
 
 LEAD_NS = 5_000_000
 """From the command to time 0 of the arrivals."""
@@ -45,9 +46,9 @@ class Scheduler(Protocol):
 
 def serve(
     backend: Backend | Scheduler | Streams, feed: Feed, max_batch: int, until_ns: int, clock: Clock
-) -> Outcome:
+) -> Answers:
     """Serve until no more comes; the queue is empty then, or the time over."""
-    found = Outcome()
+    found = Answers()
     if isinstance(backend, Scheduler):
         _continuous(backend, feed, max_batch, until_ns, clock, found)
     elif isinstance(backend, Streams):
@@ -64,7 +65,7 @@ def serve(
 
 
 def _continuous(
-    engine: Scheduler, feed: Feed, max_batch: int, until_ns: int, clock: Clock, found: Outcome
+    engine: Scheduler, feed: Feed, max_batch: int, until_ns: int, clock: Clock, found: Answers
 ) -> None:
     """Feed the engine as requests come; whatever it has not answered in time has failed."""
     live: dict[str, Live] = {}
@@ -87,7 +88,7 @@ def _continuous(
 
 
 def _batch(
-    backend: Backend, batch: Sequence[Arrived], until_ns: int, clock: Clock, found: Outcome
+    backend: Backend, batch: Sequence[Arrived], until_ns: int, clock: Clock, found: Answers
 ) -> None:
     """Run one static batch; rows that are done stay in it until the longest is."""
     found.events.extend((arrived.submit_ns, 1) for arrived in batch)
@@ -111,7 +112,7 @@ def _batch(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Served:
+class Served(Usage):
     """The answer to :class:`Serve`; has all that the answer to ``Iterate`` has."""
 
     requests: tuple[Request, ...]
@@ -119,12 +120,6 @@ class Served:
     """(stamp, +1 or -1) as requests came and left; see :func:`request.little`."""
     tokens: tuple[int, ...]
     objective: Objective
-    cpu_s: float
-    """CPU time of all threads of the worker."""
-    peak_bytes: int | None
-    """None where the system does not keep a peak that can be reset."""
-    device_s: tuple[float, ...] | None = None
-    """What the device worked in each step, between events of its own; None on a CPU."""
 
     @property
     def trace(self) -> Trace:
@@ -168,25 +163,21 @@ class Serve:
         return self.asks[-1].at_ns / 1e9 + self.limit_s
 
     def __call__(self, backend: Backend) -> Served:
-        clock, has_peak = time.perf_counter_ns, True
-        try:
-            backend.reset_peak()
-        except OSError:
-            has_peak = False
-        cpu_ns, start_ns = backend.cpu_ns(), clock() + LEAD_NS
+        found, usage = used(backend, lambda: self._serve(backend, time.perf_counter_ns))
+        return Served(
+            requests=tuple(found.requests),
+            events=tuple(found.events),
+            tokens=tuple(found.tokens),
+            objective=self.objective,
+            **vars(usage),
+        )
+
+    def _serve(self, backend: Backend, clock: Clock) -> Answers:
+        start_ns = clock() + LEAD_NS
         until_ns = start_ns + int(self.longest_s * 1e9)
         feed: Feed = (
             Open(self.asks, start_ns, until_ns)
             if self.clients is None
             else Closed(self.asks, self.clients, until_ns, clock)
         )
-        found = serve(backend, feed, self.max_batch, until_ns, clock)
-        return Served(
-            requests=tuple(found.requests),
-            events=tuple(found.events),
-            tokens=tuple(found.tokens),
-            objective=self.objective,
-            cpu_s=(backend.cpu_ns() - cpu_ns) / 1e9,
-            peak_bytes=backend.peak_bytes() if has_peak else None,
-            device_s=backend.device_s(),
-        )
+        return serve(backend, feed, self.max_batch, until_ns, clock)

@@ -7,7 +7,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Protocol, runtime_checkable
 
 from optpipe.bench.serving.feeds import Feed
-from optpipe.bench.serving.live import UNANSWERED, Live, Outcome
+from optpipe.bench.serving.live import UNANSWERED, Answers, Live
 from optpipe.bench.timed.clock import Clock
 from optpipe.errors import one_line
 
@@ -26,7 +26,7 @@ class Streams(Protocol):
 
 
 def concurrent(
-    server: Streams, feed: Feed, max_batch: int, until_ns: int, clock: Clock, found: Outcome
+    server: Streams, feed: Feed, max_batch: int, until_ns: int, clock: Clock, found: Answers
 ) -> None:
     """Send requests as they come; one that breaks has failed, with the reason, and no other."""
     live: set[Future[Live]] = set()
