@@ -2,7 +2,8 @@
 
 Dense weights, factors, biases and norms are free. A pruned weight stays zero: after every step the
 weight is multiplied with its mask. Of a quantized layer only the scales and the bias move, so that
-every weight stays on the grid of its codes (as the scales in EfficientQAT, arXiv:2407.11062).
+every weight stays on the grid of its codes (as the scales in EfficientQAT, arXiv:2407.11062); of
+nvfp4 and mxfp8 only the bias, since scales of 8 bits are too coarse to be trained.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 from optpipe import model
 from optpipe.checkpoint import Checkpoint
 from optpipe.family import Block
-from optpipe.linear import Layers, Quantized, mask_of, weight_of
+from optpipe.linear import BLOCKS, Layers, Quantized, mask_of, weight_of
 
 HALF = torch.finfo(torch.float16)
 LEAST_RMS = 1e-2
@@ -72,9 +73,10 @@ class Tuning:
 
     def _add_layer(self, name: str, layer: nn.Module, dtype: torch.dtype) -> None:
         if isinstance(layer, Quantized):
-            layer.scales = layer.scales.float()
-            self._quantized.append(layer)
-            self._free.append((layer.scales, _size(layer.scales)))
+            if layer.form.number not in BLOCKS:
+                layer.scales = layer.scales.float()
+                self._quantized.append(layer)
+                self._free.append((layer.scales, _size(layer.scales)))
         elif self._rank and not name.endswith((".left", ".right")):
             self._adapt(layer, dtype)
         else:

@@ -9,6 +9,8 @@ from optpipe.checkpoint import Checkpoint
 from optpipe.errors import InputError
 from optpipe.linear import Form
 from optpipe.prune.magnitude import Magnitude
+from optpipe.quant.mxfp8 import Mxfp8
+from optpipe.quant.nvfp4 import Nvfp4
 from optpipe.recover.blockwise import Blockwise
 from optpipe.structure.depth import Depth
 from optpipe.transform.rotate import Rotate
@@ -49,6 +51,17 @@ def test_no_block_gets_worse_and_every_form_stays(family, run, mixed, tiny):
     scales = [name for name in old.files if name.endswith(".scales")]
     assert scales and all(bool((new.get(name) > 0).all()) for name in scales)
     assert any(not torch.equal(old.get(name), new.get(name)) for name in scales)
+
+
+@pytest.mark.parametrize("quant", [Nvfp4(), Mxfp8(activations="none")])
+def test_scales_of_eight_bits_stay(quant, run, tiny):
+    source = run(quant, tiny())
+    made = run(stage(run), source, tiny())
+    old, new = Checkpoint(source.path), Checkpoint(made.path)
+    verify_checkpoint(made, source, old.forms)
+    scales = [name for name in old.files if name.endswith("scales")]
+    assert scales and all(torch.equal(old.get(name), new.get(name)) for name in scales)
+    assert sum(made.stats["block_error"]) < 0.99 * sum(made.stats["block_error_before"])
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
