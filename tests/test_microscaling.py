@@ -192,3 +192,21 @@ def test_codes_and_scales_are_those_of_modelopt():
         assert torch.equal(ours.scales.view(torch.uint8), scales)
         assert torch.equal(ours.codes.view(torch.float8_e4m3fn).float(),
                            theirs._quantized_data.float())  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("number", BLOCK)
+def test_a_gpu_gives_the_same_bits(number):
+    weight, x = random(4), random(5)
+    whole = torch.tensor(0.001) if number == "nvfp4" else None
+    made = []
+    for device in ("cpu", "cuda"):
+        moved = weight.to(device)
+        grid = fit_clip(moved, form(number), "mse")
+        module = grid.module(grid.encode(moved), nn.Linear(64, 6, bias=False)).to(device)
+        rounded = round_inputs(x.to(device), f"{number}_block", whole)
+        codes, _ = grid.column(moved[:, 17], 17)
+        made.append([
+            module.codes, module.scales.view(torch.uint8), module.dequantize(), rounded, codes
+        ])  # fmt: skip
+    assert all(torch.equal(one, other.cpu()) for one, other in zip(*made, strict=True))
