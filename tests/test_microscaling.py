@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -76,6 +76,7 @@ def test_nvfp4_is_that_of_compressed_tensors_bit_by_bit(seed, size):
     assert torch.equal(packed, theirs["weight_packed"])
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 20), size=SIZES)
 def test_mxfp8_has_the_least_power_of_two_that_holds_the_largest(seed, size):
     weight = random(seed, size)
@@ -126,6 +127,7 @@ def test_a_layer_comes_back_multiplies_as_its_formula_says_and_takes_its_bits(nu
         assert one.scales.dtype == microscaling.SCALE[number]
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 20), size=SIZES, number=st.sampled_from([*BLOCK]))
 def test_inputs_are_rounded_as_a_weight_with_the_same_global_scale(seed, size, number):
     x = random(seed, size)
@@ -137,6 +139,7 @@ def test_inputs_are_rounded_as_a_weight_with_the_same_global_scale(seed, size, n
     assert half.dtype == torch.half
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 20))
 def test_an_input_beyond_the_global_scale_saturates(seed):
     x = random(seed)
@@ -146,6 +149,7 @@ def test_an_input_beyond_the_global_scale_saturates(seed):
     assert (got * x >= 0).all()
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 10), number=st.sampled_from([*BLOCK]))
 def test_a_searched_scale_never_costs_more_and_keeps_the_global_one(seed, number):
     weight = random(seed)
