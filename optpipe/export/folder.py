@@ -112,7 +112,13 @@ def global_scales(checkpoint: Checkpoint, layers: Layers) -> dict[str, Tensor]:
             scale = checkpoint.get(f"{name}.global_scale")
             assert scale is not None
             found[name] = scale
-    for name in layers:
+    return shared(found)
+
+
+def shared(scales: dict[str, Tensor]) -> dict[str, Tensor]:
+    """By layer, the largest of those that a runtime multiplies as one."""
+    found = dict(scales)
+    for name in scales:
         joined = [each for each in (name, *_fused_with(name)) if each in found]
         if len(joined) > 1:
             largest = torch.stack([found[each] for each in joined]).max()

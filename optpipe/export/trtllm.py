@@ -6,6 +6,8 @@ scales are those of our layers. Shapes: R outputs, C inputs, G scales a row. A l
     W4A16_AWQ   NAME.weight (R / 2, C) uint8: rows 2i in the low and 2i + 1 in the high four bits,
                 in two's complement         NAME.weight_scale (R, G) float32
                 NAME.pre_quant_scale (C), ones, where the loader insists on it
+    W4A8_AWQ    the same, NAME.input_scale () and NAME.weight_scale_2 (): the loader divides scales
+                by it, so that codes times scales are numbers of fp8
     W8A16       NAME.weight (R, C) int8     NAME.weight_scale (R) float32
     FP8         NAME.weight (R, C) float8_e4m3fn     NAME.weight_scale () NAME.input_scale ()
     FP8_PER_CHANNEL_PER_TOKEN   the same with NAME.weight_scale (R) and no input_scale
@@ -46,13 +48,24 @@ from optpipe.export.folder import (
     check_dtype,
     check_layers,
     global_scales,
+    shared,
     write_json,
 )
 from optpipe.export.vllm import eight_bit
-from optpipe.linear import PER_CHANNEL, PER_TENSOR, Form, Layers, Quantized, pack
+from optpipe.linear import (
+    LARGEST,
+    PER_CHANNEL,
+    PER_TENSOR,
+    Form,
+    Layers,
+    Quantized,
+    pack,
+    weight_of,
+)
 from optpipe.stage import Progress, Stage
 
 INT4, INT8, FP8, FP8_TOKEN = "W4A16_AWQ", "W8A16", "FP8", "FP8_PER_CHANNEL_PER_TOKEN"
+INT4_FP8 = "W4A8_AWQ"
 FP4, FP4_WEIGHTS = "NVFP4", "W4A16_NVFP4"
 JOINED = tuple(part for parts in FUSED for part in parts)
 REQUESTS, PROMPT, NEW = 32, 128, 128
@@ -106,10 +119,13 @@ class Trtllm(Stage):
         plain = not any(told.values())
         folder = Folder(checkpoint=checkpoint, out=out, dtype=self.dtype, cache=cache_scale)
         settings = None if plain else _quantization_config(layers, told)
-        wholes = global_scales(checkpoint, layers)
+        wholes, second = global_scales(checkpoint, layers), second_scales(checkpoint, layers)
 
         def tensors(name: str, layer: Quantized) -> dict[str, Tensor]:
-            return fp4(name, layer, wholes[name]) if name in wholes else self._encode(name, layer)
+            if name in wholes:
+                return fp4(name, layer, wholes[name])
+            own = {f"{name}.weight_scale_2": second[name]} if name in second else {}
+            return {**self._encode(name, layer), **own}
 
         folder.write(tensors, settings, progress)
         if not plain:
@@ -119,7 +135,8 @@ class Trtllm(Stage):
 
     def _encode(self, name: str, layer: Quantized) -> dict[str, Tensor]:
         tensors = encode(name, layer)
-        if algorithm(layer.form)["quant_algo"] == INT4 and not name.endswith(JOINED):
+        four = algorithm(layer.form)["quant_algo"] in (INT4, INT4_FP8)
+        if four and not name.endswith(JOINED):
             ones = torch.ones(layer.form.cols, dtype=DTYPES[self.dtype])
             tensors[f"{name}.pre_quant_scale"] = ones
         return tensors
@@ -134,17 +151,20 @@ def algorithm(form: Form) -> dict[str, Any]:
     if form.number == "nvfp4":
         name = FP4_WEIGHTS if form.inputs is None else FP4
         return {"quant_algo": name, "group_size": form.group_size}
-    if form.number == "int" and form.inputs is not None:
+    if form.number == "int" and form.inputs not in (None, "fp8_tensor"):
         raise ValueError(
             "TensorRT-LLM from 1.3 on multiplies no int8 activations; export=vllm does, and int8 "
             "weights alone work here"
+            if form.inputs and form.inputs.startswith("int8")
+            else "TensorRT-LLM rounds inputs of int4 weights to fp8 by one scale for the layer "
+            f"(activations=tensor), got {form.inputs}"
         )
     weights = form.symmetric and form.number == "int"
-    if weights and (form.bits, form.group_size) == (8, PER_CHANNEL):
+    if weights and (form.bits, form.group_size, form.inputs) == (8, PER_CHANNEL, None):
         return {"quant_algo": INT8}
     if weights and form.bits == 4 and form.group_size > 0 and form.rows % 2 == 0:
         return {
-            "quant_algo": INT4,
+            "quant_algo": INT4 if form.inputs is None else INT4_FP8,
             "group_size": form.group_size,
             "has_zero_point": False,
             "pre_quant_scale": True,
@@ -205,15 +225,29 @@ def _quantization_config(layers: Layers, told: dict[str, Any]) -> dict[str, Any]
 def encode(name: str, layer: Quantized) -> dict[str, Tensor]:
     """The tensors of a quantized layer, ``pre_quant_scale`` aside."""
     scales, kind = layer.scales.float(), algorithm(layer.form)["quant_algo"]
-    if kind == INT4:
+    if kind in (INT4, INT4_FP8):
         nibbles = layer.codes ^ 8  # code - 8 in two's complement of four bits
         packed = nibbles[0::2] | (nibbles[1::2] << 4)
-        return {f"{name}.weight": packed, f"{name}.weight_scale": scales}
-    found = {f"{name}.weight": eight_bit(layer)}
-    found[f"{name}.weight_scale"] = scales.reshape(()) if kind == FP8 else scales[:, 0]
+        found = {f"{name}.weight": packed, f"{name}.weight_scale": scales}
+    else:
+        found = {f"{name}.weight": eight_bit(layer)}
+        found[f"{name}.weight_scale"] = scales.reshape(()) if kind == FP8 else scales[:, 0]
     if layer.input_scale is not None:
         found[f"{name}.input_scale"] = layer.input_scale.float().reshape(())
     return found
+
+
+def second_scales(checkpoint: Checkpoint, layers: Layers) -> dict[str, Tensor]:
+    """Of int4 weights that meet fp8 inputs, the number that puts the largest weight at 448.
+
+    The loader wants one for layers that it joins.
+    """
+    found: dict[str, Tensor] = {}
+    for name, form in layers.items():
+        if (form.number, form.inputs) == ("int", "fp8_tensor"):
+            weight = weight_of(model.layer(name, checkpoint.forms or {}, checkpoint))
+            found[name] = weight.abs().amax() / LARGEST["fp8"]
+    return shared(found)
 
 
 def fp4(name: str, layer: Quantized, whole: Tensor) -> dict[str, Tensor]:

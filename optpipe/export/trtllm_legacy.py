@@ -36,6 +36,8 @@ exec trtllm-build --checkpoint_dir "$(dirname "$0")" --output_dir engine \\
     --gemm_plugin auto{more} "$@"
 """
 
+NEWER = (trtllm.FP4, trtllm.FP4_WEIGHTS, trtllm.INT4_FP8)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrtllmLegacy(Stage):
@@ -64,7 +66,11 @@ class TrtllmLegacy(Stage):
                         f"{self.tensor_parallel} ranks get {part} inputs of '{name}' each, which "
                         f"groups of {form.group_size} do not divide"
                     )
-        if (algorithm := told.get("quant_algo")) in (trtllm.FP4, trtllm.FP4_WEIGHTS):
+        if (algorithm := told.get("quant_algo")) in (
+            trtllm.FP4,
+            trtllm.FP4_WEIGHTS,
+            trtllm.INT4_FP8,
+        ):
             raise ValueError(f"export=trtllm_legacy writes no {algorithm}; export=trtllm does")
         if algorithm == trtllm.FP8_TOKEN:
             raise ValueError("trtllm-build took fp8 by layer (group_size=0), not by channel")

@@ -44,14 +44,15 @@ CONFIGS = {
     "qwen3": lambda: transformers.Qwen3Config(**SIZES, head_dim=32, rope_parameters=THETA),
 }
 ARCHITECTURES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
-GROUP = {"int4": 64, "int8": None, "fp8": None, "none": None}
+GROUP = {"int4": 64, "w4a8": 64, "int8": None, "fp8": None, "none": None}
 INPUT_SCALE, KV_SCALE = 0.0125732421875, 0.03125
 """Exact in float16."""
 CASES = [
     ("llama", "int4"), ("llama", "int8"), ("llama", "fp8"), ("llama", "none"),
     ("qwen2", "int4"), ("qwen3", "int8"),
+    ("llama", "w4a8"),
 ]  # fmt: skip
-TOP = {"int4": 7, "int8": 127, "fp8": 448}
+TOP = {"int4": 7, "w4a8": 7, "int8": 127, "fp8": 448}
 
 
 def on_grid(rows, cols, kind, generator):
@@ -67,7 +68,7 @@ def on_grid(rows, cols, kind, generator):
     else:
         codes = torch.randint(-TOP[kind], TOP[kind] + 1, shape, generator=generator).float()
         scales = torch.rand((*shape[:2], 1), generator=generator) * 0.02 + 0.01
-        scales = scales.half().float() / (1 if kind == "int4" else 16)
+        scales = scales.half().float() / (1 if GROUP[kind] else 16)
     codes[..., 0] = TOP[kind]
     return (codes * scales.half().float()).reshape(rows, cols)
 
@@ -100,7 +101,7 @@ def described(folder):
 
 def plain(name, tensor):
     """What is no scale in float16, in which it is exact: the models are float32 for their grids."""
-    is_scale = name.endswith(("_scale", "_factor"))
+    is_scale = name.endswith(("_scale", "_scale_2", "_factor"))
     return tensor.half() if tensor.dtype == torch.float32 and not is_scale else tensor
 
 
@@ -111,15 +112,28 @@ def facts(tensor):
     return f"{dtype} {list(tensor.shape)} {hashlib.sha256(data).hexdigest()[:16]}"
 
 
+def config_of(kind):
+    """modelopt's preset with our groups, without any search, which would leave the grid."""
+    import modelopt.torch.quantization as mtq
+
+    names = {"int4": "INT4_BLOCKWISE_WEIGHT_ONLY_CFG", "int8": "INT8_WEIGHT_ONLY_CFG",
+             "w4a8": "W4A8_AWQ_BETA_CFG"}  # fmt: skip
+    config = copy.deepcopy(getattr(mtq, names.get(kind, "FP8_DEFAULT_CFG")))
+    if kind == "w4a8":
+        config["algorithm"] = "max"
+    for entry in config["quant_cfg"] if GROUP[kind] else []:
+        cfg = entry.get("cfg") or {}
+        for part in cfg if isinstance(cfg, list) else [cfg]:
+            if "block_sizes" in part:
+                part["block_sizes"][-1] = GROUP[kind]
+    return config
+
+
 def quantized(lm, kind, kv):
     """``lm`` with the quantizers of modelopt, their input and cache scales set by hand."""
     import modelopt.torch.quantization as mtq
 
-    names = {"int4": "INT4_BLOCKWISE_WEIGHT_ONLY_CFG", "int8": "INT8_WEIGHT_ONLY_CFG"}
-    config = copy.deepcopy(getattr(mtq, names.get(kind, "FP8_DEFAULT_CFG")))
-    for entry in config["quant_cfg"] if kind == "int4" else []:
-        if "block_sizes" in (entry.get("cfg") or {}):
-            entry["cfg"]["block_sizes"][-1] = GROUP[kind]
+    config = config_of(kind)
     if kv:
         entries = [*config["quant_cfg"], *mtq.FP8_KV_CFG["quant_cfg"]]
         config = {**config, "quant_cfg": entries}
@@ -152,7 +166,7 @@ def export(family, kind):
                 "hf_quant_config": json.loads(file.read_text()) if file.is_file() else None,
                 "tensors": described(folder),
             }
-    for ranks in (1, 2):
+    for ranks in () if kind == "w4a8" else (1, 2):
         with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
             lm = make(family, kind)
             lm = lm if kind == "none" else quantized(lm, kind, kind == "fp8")

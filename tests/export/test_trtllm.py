@@ -17,12 +17,20 @@ from optpipe.export.trtllm import Trtllm, algorithm
 from optpipe.kvcache import CacheForm
 from optpipe.linear import PER_CHANNEL, PER_TENSOR, Form
 from optpipe.quant.rtn import Rtn
+from optpipe.quant.w4a8 import W4a8
 
 HERE = Path(__file__).parent
 RECORDED = json.loads((HERE / "modelopt_reference.json").read_text())
 spec = spec_from_file_location("modelopt_reference", HERE / "modelopt_reference.py")
 reference = module_from_spec(spec)
 spec.loader.exec_module(reference)
+
+
+class Known(W4a8):
+    """With the scale of inputs that the record was made with."""
+
+    def scale(self, largest):
+        return torch.tensor(reference.INPUT_SCALE).half()
 
 
 @pytest.fixture
@@ -35,6 +43,9 @@ def quantized(run, eight_bits, tmp_path):
         reference.make(family, kind).save_pretrained(folder)
         if kind == "fp8":
             return eight_bits(folder, number="fp8", group_size=PER_TENSOR, inputs="fp8_tensor")
+        if kind == "w4a8":
+            stage = Known(group_size=reference.GROUP[kind], clip="minmax", calib=run.calib)
+            return run(stage, folder)
         bits, group = {"int4": (4, reference.GROUP["int4"]), "int8": (8, PER_CHANNEL)}[kind]
         return run(Rtn(bits=bits, group_size=group), folder)
 
@@ -50,7 +61,8 @@ def mine(case, kind="unified"):
 
 
 @pytest.mark.parametrize(
-    "case", ["llama_int4", "llama_int8", "llama_fp8", "qwen2_int4", "qwen3_int8"]
+    "case",
+    ["llama_int4", "llama_int8", "llama_fp8", "llama_w4a8", "qwen2_int4", "qwen3_int8"],
 )
 def test_keys_types_shapes_and_bytes_are_those_of_modelopt(case, run, quantized):
     source = quantized(case)
@@ -59,7 +71,7 @@ def test_keys_types_shapes_and_bytes_are_those_of_modelopt(case, run, quantized)
     ones = {name: tensors.pop(name) for name in [*tensors] if name.endswith("pre_quant_scale")}
     assert tensors == wanted["tensors"]["model.safetensors"]
     # its loader fails without these, and modelopt writes them only after a search for scales
-    layers = ("self_attn.o_proj", "mlp.down_proj") if "int4" in case else ()
+    layers = ("self_attn.o_proj", "mlp.down_proj") if "4" in case else ()
     assert ones.keys() == {
         f"model.layers.{n}.{layer}.pre_quant_scale" for n in (0, 1) for layer in layers
     }
@@ -153,6 +165,8 @@ def test_commands_say_where_the_model_is_and_run_what_they_say(run, half):
     ("form", "reason"),
     [
         (dict(bits=8, inputs="int8_token"), "multiplies no int8 activations"),
+        (dict(bits=4, group_size=32, inputs="fp8_token"), "by one scale .* got fp8_token"),
+        (dict(bits=8, inputs="fp8_tensor"), "got 8-bit int, .* inputs=fp8_tensor"),
         (dict(bits=8, number="fp8", group_size=PER_TENSOR), "got 8-bit fp8, group_size=0"),
         (dict(bits=3, group_size=32), "got 3-bit int"),
         (dict(bits=4, group_size=32, symmetric=False), "symmetric=False"),
