@@ -113,8 +113,8 @@ def test_a_turn_repeats_short_iterations_on_further_prompts(local, monkeypatch):
 
 def test_a_gpu_makes_turns_longer_and_a_slow_arm_keeps_them_short(local, monkeypatch):
     """A GPU needs some 100 ms until its clock keeps within its power limit."""
-    monkeypatch.setattr(module, "GPU_TURN_S", 0.02)
-    for gpu, wanted in ((None, {1}), ("GPU-7", {3, 4})):
+    monkeypatch.setattr(module, "GPU_TURN_S", 0.1)
+    for gpu, wanted in ((None, {1}), ("GPU-7", {*range(2, 21)})):  # fewer on a busy machine
         workers = {name: local(name, prefill_s=0.005) for name in "ab"}
         workers["a"].gpu = gpu
         found, _ = timings(workers, (ONE,), blocks=1, max_blocks=1)

@@ -23,7 +23,7 @@ from optpipe.bench.serving.feeds import Arrived, Ask, Closed, Feed, Open
 from optpipe.bench.serving.live import Answers, Live, request_of
 from optpipe.bench.serving.request import Request, Values
 from optpipe.bench.serving.streams import Streams, concurrent
-from optpipe.bench.timed.clock import Clock, Trace
+from optpipe.bench.timed.clock import Clock, Trace, greedy
 from optpipe.bench.timed.usage import Usage, used
 
 LEAD_NS = 5_000_000
@@ -92,21 +92,15 @@ def _batch(
 ) -> None:
     """Run one static batch; rows that are done stay in it until the longest is."""
     found.events.extend((arrived.submit_ns, 1) for arrived in batch)
-    start = clock()
     lengths_B = np.array([len(arrived.ask.ids_S) for arrived in batch])
     ids_BS = np.zeros((len(batch), lengths_B.max()), np.int64)
     for row, arrived in zip(ids_BS, batch, strict=True):
         row[: len(arrived.ask.ids_S)] = arrived.ask.ids_S
     steps = max(arrived.ask.new_tokens for arrived in batch)
-    tokens = [backend.first_tokens(ids_BS, lengths_B)]
-    stamps = [clock()]
-    while len(stamps) < steps and stamps[-1] <= until_ns:
-        tokens.append(backend.next_tokens(tokens[-1]))
-        stamps.append(clock())
-    tokens_BN = np.stack(tokens, axis=1)
-    for row, arrived in zip(tokens_BN, batch, strict=True):
-        own = stamps[: arrived.ask.new_tokens]
-        found.requests.append(request_of(arrived, start, [(at, 1) for at in own], own[-1]))
+    trace = greedy(backend, (ids_BS, lengths_B), steps, until_ns - clock(), clock)
+    for row, arrived in zip(trace.tokens_NB.T, batch, strict=True):
+        own, start_ns = trace.token_ns[: arrived.ask.new_tokens], trace.start_ns
+        found.requests.append(request_of(arrived, start_ns, [(at, 1) for at in own], own[-1]))
         found.events.append((own[-1], -1))
         found.tokens.extend(row[: len(own)].tolist())
 

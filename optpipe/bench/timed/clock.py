@@ -45,13 +45,25 @@ class Trace:
 def generate(
     backend: Backend, ids_BS: Ids, new_tokens: int, limit_ns: int | None, clock: Clock
 ) -> Trace:
+    """`greedy` of prompts that are all of one length."""
+    lengths_B = np.full(len(ids_BS), ids_BS.shape[1], dtype=np.int64)
+    return greedy(backend, (ids_BS, lengths_B), new_tokens, limit_ns, clock)
+
+
+def greedy(
+    backend: Backend,
+    prompts: tuple[Ids, Ids],
+    new_tokens: int,
+    limit_ns: int | None,
+    clock: Clock,
+) -> Trace:
     """Greedy decoding; end-of-text does not stop it, so that all arms do the same work.
 
-    It stops early, between two tokens, once it has taken ``limit_ns``.
+    ``prompts``: token ids (B, S) and how many of each row are real. It stops early, between two
+    tokens, once it has taken ``limit_ns``.
     """
     start = clock()
-    lengths_B = np.full(len(ids_BS), ids_BS.shape[1], dtype=np.int64)
-    tokens = [backend.first_tokens(ids_BS, lengths_B)]
+    tokens = [backend.first_tokens(*prompts)]
     stamps = [clock()]
     while len(stamps) < new_tokens and (limit_ns is None or stamps[-1] - start <= limit_ns):
         tokens.append(backend.next_tokens(tokens[-1]))
