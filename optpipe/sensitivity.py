@@ -32,18 +32,19 @@ def felt(
 ) -> Iterator[Felt]:
     """Both Gram matrices of every wanted layer, from the last block to the first.
 
-    With one block in memory at a time: the hidden states between blocks are kept, each block is run
-    again on its way back.
+    With one block in memory at a time: the hidden states between blocks are kept, on the CPU, and
+    each block is run again on its way back.
     """
     device, blocks = fastest(), checkpoint.decoder.blocks
     lm = model.skeleton(checkpoint)
     with torch.no_grad():
         flow = start(lm, blocks, ids_ST).to(device)
-        between = [flow.hidden]
+        between = [[hidden.cpu() for hidden in flow.hidden]]
         for index, block in enumerate(blocks):
             progress(f"{block.name} forward", index, 2 * len(blocks))
             module = model.fill(lm, block.name, checkpoint, torch.float32).to(device)
-            between.append([call(module, flow, index, hidden) for hidden in between[-1]])
+            sent = (call(module, flow, index, hidden.to(device)) for hidden in between[-1])
+            between.append([hidden.cpu() for hidden in sent])
             model.drop(lm, block.name)
     gradients = [
         _end(lm, checkpoint, hidden, ids_T)
@@ -58,7 +59,7 @@ def felt(
         for name, layer in layers.items():
             layer.register_forward_hook(_collect(*grams[name]))
         for sample, hidden in enumerate(between.pop()):
-            hidden.requires_grad_()
+            hidden = hidden.to(device).requires_grad_()
             call(module, flow, index, hidden).backward(gradients[sample])
             assert hidden.grad is not None
             gradients[sample] = hidden.grad
@@ -70,7 +71,7 @@ def felt(
 def _end(lm: nn.Module, checkpoint: Checkpoint, hidden: Tensor, ids_T: Tensor) -> Tensor:
     """The gradient of the summed loss of the next tokens by the last hidden states."""
     decoder = checkpoint.decoder
-    hidden = hidden.detach().cpu().requires_grad_()
+    hidden = hidden.requires_grad_()
     logits = lm.get_submodule(decoder.head)(lm.get_submodule(decoder.final_norm)(hidden))
     if decoder.logit_softcap:
         logits = decoder.logit_softcap * torch.tanh(logits / decoder.logit_softcap)

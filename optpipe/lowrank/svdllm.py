@@ -25,7 +25,7 @@ from optpipe.stage import Progress
 UNIFORM, ALLOCATOR = "uniform", "allocator"
 ALLOCATIONS = (UNIFORM, ALLOCATOR)
 
-SAMPLES = 16
+FELT_TOKENS = 16_384
 """Of the calibration, that tell how much the loss feels of each layer: their hidden states between
 all blocks are in memory at once."""
 
@@ -125,7 +125,7 @@ class SvdLlm(Factorize):
         if self.allocation == UNIFORM:
             return super().ranks(checkpoint, layers, chosen, progress)
         curves: dict[str, list[Option]] = {}
-        ids_ST = self.calib.ids(checkpoint)[:SAMPLES]
+        ids_ST = self.calib.ids(checkpoint)[: max(FELT_TOKENS // self.calib.tokens, 1)]
         for name, layer, fed, gradients in felt(checkpoint, ids_ST, chosen, progress):
             weight_RC = weight_of(layer).double()
             lost = discarded(weight_RC, fed.mean_CC, gradients.mean_CC) / 2
