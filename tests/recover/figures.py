@@ -33,22 +33,24 @@ from optpipe.structure.width import Width
 
 BASELINE = Artifact(path=DEMO, format="hf", key="b")
 FEW = Calib(samples=16)
-PAIR = ["*o_proj", "*up_proj"]
+WHOLE = Calib(samples=72, tokens=1024)
+"""Nearly all of the bundled text, in windows as long as the context."""
 FIGURES = {
     "depth": [
         ((Depth(share=share, score="influence", calib=FEW),), (Depth(share=share, calib=FEW),), 0.0)
         for share in (0.125, 0.25)
     ],
-    "width": [((Width(compensation="none"),), (Width(), Distill(tokens=65_536)), 0.7)],
+    "width": [
+        ((Width(compensation="none", **cut),), (Width(**cut), Distill(calib=WHOLE)), 0.7)
+        for cut in ({"multiple": 8}, {"mlp": 0.25, "multiple": 64})  # 152 and 192 of 768 channels
+    ],
     "sparse24": [
         ((SparseGpt(pattern="2:4"),), (SparseGpt(pattern="2:4"), Blockwise(rate=0.02)), 0.5)
     ],
     "lowrank": [
-        (
-            (SvdLlm(allocation="uniform", targets=PAIR),),
-            (SvdLlm(targets=PAIR), Distill()),
-            0.6,
-        )
+        ((SvdLlm(targets=t, allocation="uniform"),), (SvdLlm(targets=t), *recovery), least)
+        for t in (["*o_proj", "*up_proj"], ["*"])
+        for recovery, least in (((), 0.4), ((Blockwise(),), 0.6), ((Distill(calib=WHOLE),), 0.6))
     ],
 }
 """By name: a naive chain of stages, a better one, and the share of the gap to be won back."""
