@@ -20,14 +20,15 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What an artifact takes at once, and which key says so."""
+    """What an artifact takes at once, and which key of the config says so."""
 
     tokens: int
     """Of a row, those of its prompt and of its answer."""
-    tokens_key: str = "the model's context"
+    tokens_key: str | None = None
+    """None: it is the model's own context."""
     rows: int | None = None
     """Of a batch; None: as many as memory holds."""
-    rows_key: str = ""
+    rows_key: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -178,10 +178,11 @@ def check(scenarios: Mapping[str, Scenario], limits: Limits) -> None:
     """
     for cell in cells(scenarios):
         if cell.tokens > limits.tokens:
+            more = f"'{limits.tokens_key}={cell.tokens}' or " if limits.tokens_key else ""
             raise InputError(
                 f"scenario '{cell.scenario}': {cell.prompt_tokens} prompt tokens and "
-                f"{cell.new_tokens} new ones do not fit in {limits.tokens} tokens, "
-                f"{limits.tokens_key}; set {_fewer(cell, limits.tokens)}"
+                f"{cell.new_tokens} new ones do not fit in {limits.tokens} tokens; "
+                f"set {more}{_fewer(cell, limits.tokens)}"
             )
         if limits.rows is not None and cell.batch > limits.rows:
             key = f"scenario.{cell.scenario}.batch"
