@@ -1,8 +1,10 @@
 """AutoRound: learn how to round each weight, block by block, by signed gradients (Cheng et al.
 2023, arXiv:2309.05516), through Intel's library of that name.
 
-The library's codes, scales and zero points are kept as they are. Only asymmetric grids: its
-symmetric ones may have negative scales. Shapes: R outputs, C inputs, G groups of inputs.
+The library is handed one block after another, with what the model as it came feeds it and what
+the rounded blocks before it do; its codes, scales and zero points are kept as they are. Only
+asymmetric grids: its symmetric ones may have negative scales.
+Shapes: R outputs, C inputs, G groups of inputs.
 """
 
 from __future__ import annotations
@@ -17,15 +19,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from optpipe import model, order
 from optpipe.artifact import Artifact, Stats
 from optpipe.blockwise import block_tensors, write_ends
 from optpipe.calibrate import Calib
 from optpipe.checkpoint import Checkpoint, Writer
+from optpipe.device import fastest
 from optpipe.errors import InputError
 from optpipe.family import HEAD
+from optpipe.flow import Flow, start
 from optpipe.linear import PER_CHANNEL, Form, Layers, Quantized
 from optpipe.quant.grid import BITS, GROUP_SIZES, stored
 from optpipe.stage import Progress, Stage
@@ -33,7 +36,7 @@ from optpipe.stage import Progress, Stage
 
 @dataclass(frozen=True, kw_only=True)
 class AutoRound(Stage):
-    """Every layer of the blocks; the head stays as it is. Holds the whole model in memory."""
+    """Every layer of the blocks; the head stays as it is. One block is in memory at a time."""
 
     bits: int = 4
     """2, 3, 4 or 8."""
@@ -79,49 +82,79 @@ class AutoRound(Stage):
         checkpoint = Checkpoint(source.path)
         self.inputs(checkpoint)
         decoder, planned = checkpoint.decoder, self.plan(model.layers(checkpoint))
-        lm = model.load(checkpoint)
-        progress("auto-round shows its own progress", 0, 1)
-        with torch.enable_grad():
-            self.tune(lm, self.calib.ids(checkpoint))
-        writer = Writer(out, checkpoint)
-        for block in decoder.blocks:
+        writer, lm = Writer(out, checkpoint), model.skeleton(checkpoint)
+        with torch.no_grad():
+            flow = start(lm, decoder.blocks, self.calib.ids(checkpoint))
+        rounded: list[Tensor] | None = None
+        for index, block in enumerate(decoder.blocks):
+            progress(f"auto-round, {block.name}", index, len(decoder.blocks))
+            module = model.fill(lm, block.name, checkpoint, torch.float32)
+            rounded = self.tune(Alone(module, checkpoint.config), flow, index, rounded)
             for name, layer in list(model.block_linears(lm, block)):
                 lm.set_submodule(name, read(layer, planned[name]))
             writer.add(block.name, block_tensors(lm, block, checkpoint, planned))
+            model.drop(lm, block.name)
         head = None if checkpoint.head_is_embedding else lm.get_submodule(decoder.head)
         write_ends(lm, checkpoint, writer, planned, head)
         writer.close(planned)
-        return {
-            "bits": self.bits,
-            "iterations": self.iterations,
-            **stored(planned),
-            **self.calib.facts(),
-        }
+        facts = {"bits": self.bits, "iterations": self.iterations}
+        return {**facts, **stored(planned), **self.calib.facts()}
 
-    def tune(self, lm: PreTrainedModel, ids_ST: Tensor) -> None:
-        """Round ``lm`` in place; each layer also gets the scales and zeros of its groups."""
-        rows = [{"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None])}
-                for ids in ids_ST]  # fmt: skip
+    def tune(
+        self, alone: Alone, flow: Flow, index: int, rounded: list[Tensor] | None
+    ) -> list[Tensor]:
+        """Round a block in place; its layers also get the scales and zeros of their groups.
+
+        ``rounded`` is what the rounded blocks before it make of the samples; returns that of this
+        one, and moves ``flow`` on by the block as it was.
+        """
+        args, kwargs = flow.calls[index]
         with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
             warnings.simplefilter("ignore")
-            import auto_round  # slow to import, optional
+            library = self.library(alone, len(flow.hidden), flow.hidden[0].shape[1])
+            with torch.enable_grad():
+                made, flow.hidden = library.quantize_block(
+                    alone.model.get_submodule("layers.0"),
+                    [(((hidden, *args), dict(kwargs)),) for hidden in flow.hidden],
+                    q_input=rounded,
+                    device=str(fastest()),
+                    auto_offload=False,
+                )
+        alone.to("cpu")
+        return list(made)
 
-            auto_round.AutoRound(
-                lm,
-                object(),  # it wants a tokenizer, and has no use for one with tokens as data
-                scheme={"bits": self.bits, "group_size": self.group_size, "sym": False,
-                        "data_type": "int"},
-                iters=self.iterations,
-                nsamples=len(ids_ST),
-                seqlen=ids_ST.shape[1],
-                dataset=rows,
-                seed=self.calib.seed,
-                amp=False,  # the model stays in float32
-                enable_torch_compile=False,
-                device_map="cuda" if torch.cuda.is_available() else "cpu",
-            ).quantize()  # fmt: skip
-        whole: nn.Module = lm
-        whole.to("cpu")
+    def library(self, alone: Alone, samples: int, tokens: int) -> Any:
+        """Auto-round's own object, for one block."""
+        import auto_round  # slow to import, optional
+
+        made = auto_round.AutoRound(
+            alone,
+            "",  # it wants a tokenizer, and has no use for one with hidden states as data
+            scheme={"bits": self.bits, "group_size": self.group_size, "sym": False,
+                    "data_type": "int"},
+            iters=self.iterations,
+            nsamples=samples,
+            seqlen=tokens,
+            seed=self.calib.seed,
+            amp=False,  # the block stays in float32
+            enable_torch_compile=False,
+            device_map=str(fastest()),
+        )  # fmt: skip
+        made.configure_layer_config(enable_gguf_official_mixed=False)
+        made.batch_dim = 0
+        return made
+
+
+class Alone(nn.Module):
+    """A block as a whole model, the way the library looks for blocks in one."""
+
+    dtype = torch.float32
+    name_or_path = ""
+
+    def __init__(self, block: nn.Module, config: Any) -> None:
+        super().__init__()
+        self.config, self.model = config, nn.Module()
+        self.model.layers = nn.ModuleList([block])
 
 
 def read(layer: Any, form: Form) -> Quantized:
