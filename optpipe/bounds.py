@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from optpipe.linear import Form, Layers
@@ -22,12 +23,27 @@ class Open(Form):
 
 
 def settled(layers: Layers) -> list[Layers]:
-    """Plans without open forms, in which these all took their first option, their second, ..."""
-    counts = {len(form.options) for form in layers.values() if isinstance(form, Open)}
-    return [
-        {n: f.options[index] if isinstance(f, Open) else f for n, f in layers.items()}
-        for index in range(min(counts, default=0))
+    """What a plan with open forms or bits may become: all first choices, all second ones, ...
+
+    and, where bits are open, one in which neighbours took different ones; those that settle on
+    forms keep layers alike that are multiplied as one. Nothing if nothing is open.
+    """
+    options = {name: choices for name, form in layers.items() if (choices := _options(form))}
+    found = [
+        layers | {name: forms[index % len(forms)] for name, forms in options.items()}
+        for index in range(max(map(len, options.values()), default=0))
     ]
+    if mixed := [name for name in options if layers[name].choices]:
+        turns = {name: options[name][i % len(options[name])] for i, name in enumerate(mixed)}
+        found.append(found[0] | turns)
+    return found
+
+
+def _options(form: Form) -> Sequence[Form]:
+    """What an open form may settle on."""
+    if isinstance(form, Open):
+        return form.options
+    return [replace(form, bits=bits, choices=None) for bits in form.choices or ()]
 
 
 def divisor(name: str, form: Form) -> int:

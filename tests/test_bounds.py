@@ -4,8 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from optpipe.bounds import departure, divisor
+from optpipe.bounds import departure, divisor, settled
+from optpipe.calibrate import Calib
+from optpipe.errors import InputError
+from optpipe.export.vllm import Vllm
 from optpipe.linear import Form
+from optpipe.pipeline import check
+from optpipe.quant.mixed import Mixed
+from optpipe.source import HuggingFace
 
 
 def factors(rank, bound=None, **fields):
@@ -49,6 +55,34 @@ MIXED = {"bits": 8, "choices": (3, 4, 8)}
 )
 def test_what_was_made_is_what_was_planned_or_within_its_bounds(made, planned, name):
     assert departure(made, planned) == name
+
+
+def test_an_open_plan_may_become_each_choice_for_all_and_a_mixture():
+    forms = Form(rows=8, cols=8, bits=8, choices=(4, 8)), Form(rows=8, cols=8)
+    plan = {"a": forms[0], "b": forms[0], "c": forms[1]}
+    found = [tuple(form.bits for form in made.values()) for made in settled(plan)]
+    assert found == [(4, 4, None), (8, 8, None), (4, 8, None)]
+    assert all(departure(made, plan) is None for made in settled(plan))
+    assert settled({"c": forms[1]}) == []
+
+
+@pytest.mark.parametrize(
+    ("bits", "targets", "reason"),
+    [
+        ([3, 8], "*.down_proj", "kernels for 4 and 8 bits, not for 3"),
+        ([4, 8], "*", "as one layer, but they are stored in different forms"),
+        ([4, 8], "*.down_proj", None),
+    ],
+)
+def test_what_a_plan_may_settle_on_is_refused_before_it_does(bits, targets, reason, tiny, tmp_path):
+    calib = Calib(source="random", samples=1, tokens=8)
+    quant = Mixed(bits=bits, average_bits=9, group_size=32, targets=[targets], calib=calib)
+    stages, source = {"quant": quant, "export": Vllm()}, HuggingFace(path=str(tiny()))
+    if reason is None:
+        assert check(stages, source, tmp_path)
+        return
+    with pytest.raises(InputError, match=f"stage 'export': .*{reason}"):
+        check(stages, source, tmp_path)
 
 
 def test_a_rank_that_is_still_open_promises_its_multiple_only():
