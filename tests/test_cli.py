@@ -164,10 +164,7 @@ def test_what_an_artifact_will_not_hold_is_refused_before_any_work(optpipe, tiny
     arguments = ["model=hf", f"model.path={tiny()}", *SMALL, "stages=[export]"]
     result = optpipe(*arguments, "export.capacity=32")
     assert result.code == 2 and not (tmp_path / "store").exists()
-    assert (
-        "8 prompt tokens and 32 new ones do not fit in 32 tokens, export.capacity; set"
-        in (result.errors[0])
-    )
+    assert "do not fit in 32 tokens; set 'export.capacity=40' or 'scenario." in result.errors[0]
 
 
 def test_broken_models_are_refused(optpipe, tiny, tmp_path):
