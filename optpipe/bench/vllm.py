@@ -21,17 +21,17 @@ from optpipe.bench.paged import Paged, kv_bytes, unusable
 from optpipe.checkpoint import Checkpoint
 
 SETTINGS = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process: no queue between us and the engine
     "VLLM_USE_FLASHINFER_SAMPLER": "0",  # would be compiled at the first token
     "VLLM_NO_USAGE_STATS": "1",  # it would call home
 }
+OFFLINE = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # no process between us and the engine
 
 
 class Vllm(Paged):
     """A checkpoint in vLLM."""
 
     def __init__(self, artifact: Artifact, threads: int, dtype: str) -> None:
-        os.environ.update(SETTINGS)
+        os.environ.update(SETTINGS | OFFLINE)
         from vllm import LLM, SamplingParams  # takes seconds, and is rarely installed
         from vllm.sampling_params import RequestOutputKind
 

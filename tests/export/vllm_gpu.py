@@ -32,7 +32,7 @@ from eight_bits import eight_bit_layer
 from optpipe import model
 from optpipe.artifact import Artifact
 from optpipe.bench.torch import Torch
-from optpipe.bench.vllm import SETTINGS, Vllm
+from optpipe.bench.vllm import OFFLINE, SETTINGS, Vllm
 from optpipe.blockwise import rewrite
 from optpipe.checkpoint import Checkpoint
 from optpipe.export import vllm
@@ -189,7 +189,8 @@ def child(out, shape, kind, speed):
 def row(out, shape, kind, gpu, speed):
     """Of the table, from a process of its own."""
     call = [sys.executable, __file__, "--child", str(out), shape, kind, speed]
-    env = {**os.environ, **SETTINGS, "CUDA_VISIBLE_DEVICES": gpu, "VLLM_DISABLE_COMPILE_CACHE": "1"}
+    own = {"CUDA_VISIBLE_DEVICES": gpu, "VLLM_DISABLE_COMPILE_CACHE": "1"}
+    env = {**os.environ, **SETTINGS, **OFFLINE, **own}
     start = time.perf_counter()
     done = subprocess.run(call, capture_output=True, text=True, check=False, timeout=420, env=env)
     name = kind.replace(" ", "_")
