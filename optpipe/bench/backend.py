@@ -138,6 +138,7 @@ BACKENDS = {
 """Format of an artifact -> the class that opens it, imported only when it is needed."""
 ENDPOINTS = {
     "vllm": "optpipe.bench.vllm.VllmEndpoint",
+    "trtllm": "optpipe.bench.trtllm.TrtllmEndpoint",
 }
 """Format -> the class that puts it behind a server, to be sent requests alone."""
 NOT_DRIVEN = {

@@ -1,19 +1,24 @@
-"""TensorRT-LLM as a backend, through its LLM API: artifacts of format 'trtllm'.
+"""TensorRT-LLM as a backend, through its LLM API, and as a server: artifacts of format 'trtllm'.
 
-Written from the documentation of 1.3 (PyTorch backend); it has not been run. The engine works on
-its own: streams are read as they come.
+Written from the documentation and sources of 1.3 (PyTorch backend); it has not been run. The engine
+works on its own: streams are read as they come.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from optpipe.artifact import Artifact
 from optpipe.bench.backend import Logits
+from optpipe.bench.endpoint import HOST, Endpoint
 from optpipe.bench.paged import KV_TOKENS, Paged, unusable
+
+CACHE = {"max_tokens": KV_TOKENS, "enable_block_reuse": False}
 
 
 class Trtllm(Paged):
@@ -29,7 +34,7 @@ class Trtllm(Paged):
             skip_tokenizer_init=True,
             dtype=self.dtype,
             max_seq_len=self.capacity,
-            kv_cache_config=KvCacheConfig(max_tokens=KV_TOKENS, enable_block_reuse=False),
+            kv_cache_config=KvCacheConfig(**CACHE),
         )
         self._params = SamplingParams
         self._results: list[Any] = []
@@ -72,3 +77,25 @@ class Trtllm(Paged):
         for result in self._results:
             result.abort()
         self._results, self._waiting = [], []
+
+
+class TrtllmEndpoint(Endpoint):
+    """A unified checkpoint behind trtllm-serve."""
+
+    ask: ClassVar[Mapping[str, object]] = {"detokenize": False}
+
+    def command(self, artifact: Artifact, port: int) -> Sequence[str]:
+        settings = artifact.path.with_name(f"{artifact.path.name}-endpoint.yaml")
+        settings.write_text(json.dumps({"kv_cache_config": CACHE}))  # JSON is YAML
+        options = {
+            "host": HOST,
+            "port": port,
+            "max_seq_len": self.capacity,
+            "extra_llm_api_options": settings,
+        }
+        given = [text for key, value in options.items() for text in (f"--{key}", str(value))]
+        return ["trtllm-serve", "serve", str(artifact.path), *given]
+
+    @classmethod
+    def missing(cls, artifact: Artifact) -> str | None:
+        return unusable("tensorrt_llm")

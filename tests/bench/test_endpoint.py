@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from optpipe.artifact import Artifact
-from optpipe.bench import endpoint, vllm
+from optpipe.bench import endpoint, paged, vllm
 from optpipe.bench.backend import BACKENDS, ENDPOINTS
 from optpipe.bench.endpoint import GUARD, Endpoint
 from optpipe.bench.run import endpoints
@@ -22,6 +22,7 @@ from optpipe.bench.scenario import Objective, Scenario, Serving
 from optpipe.bench.serving.feeds import Ask
 from optpipe.bench.serving.live import UNANSWERED
 from optpipe.bench.serving.serve import Serve
+from optpipe.bench.trtllm import TrtllmEndpoint
 from optpipe.bench.vllm import VllmEndpoint
 from optpipe.bench.worker import Arm
 from optpipe.errors import StageError
@@ -181,6 +182,19 @@ def test_vllm_gets_the_limits_of_the_offline_arm(tiny, monkeypatch):
     assert "--no-enable-prefix-caching" in words and "--skip-tokenizer-init" in words
 
 
+def test_trtllm_serve_gets_the_cache_of_the_offline_arm(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "fake")
+    (tmp_path / "model").symlink_to(tiny())
+    artifact = Artifact(path=tmp_path / "model", format="trtllm", key="k")
+    made = TrtllmEndpoint.__new__(TrtllmEndpoint)
+    made._open(artifact)
+    *command, settings = made.command(artifact, 8123)
+    wanted = f"trtllm-serve serve {artifact.path} --host 127.0.0.1 --port 8123 --max_seq_len 128"
+    assert " ".join(command) == f"{wanted} --extra_llm_api_options"
+    cache = {"max_tokens": paged.KV_TOKENS, "enable_block_reuse": False}
+    assert json.loads(Path(settings).read_text()) == {"kv_cache_config": cache}
+
+
 def test_an_endpoint_is_an_arm_of_its_own_where_requests_are_sent(tmp_path):
     made = [
         Arm(name=f, artifact=Artifact(path=tmp_path, format=f, key="k"), dtype="", threads=1)
@@ -190,4 +204,4 @@ def test_an_endpoint_is_an_arm_of_its_own_where_requests_are_sent(tmp_path):
     assert endpoints(made, {"single": single}) == []
     found = endpoints(made, {"single": single, "server": server})
     assert [arm.name for arm in found] == [f"{format}-endpoint" for format in ENDPOINTS]
-    assert {arm.find("vllm") for arm in found} == {VllmEndpoint}
+    assert [arm.find(arm.artifact.format) for arm in found] == [VllmEndpoint, TrtllmEndpoint]
