@@ -15,10 +15,10 @@ from typing import Any
 
 from onnx import GraphProto
 
-from optpipe.build import causal
+from optpipe.build import causal, memory
 from optpipe.build.nvidia import FULL, Package
 from optpipe.build.sparse24 import sparse24
-from optpipe.export.graph import MODEL, read
+from optpipe.export.graph import DATA, MODEL, read
 from optpipe.stage import Progress
 
 log = logging.getLogger(__name__)
@@ -71,6 +71,7 @@ def build(request: Request, folder: Path, out: Path, progress: Progress) -> Buil
     """Build the plan of the graph in ``folder`` into the file ``out``. Raises RuntimeError."""
     trt = request.package.module
     logger, graph = listener(trt), read(folder).graph
+    memory.return_freed()
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
@@ -87,7 +88,12 @@ def build(request: Request, folder: Path, out: Path, progress: Progress) -> Buil
             profile.set_shape(tensor_name, least, typical, most)
         if config.add_optimization_profile(profile) < 0:
             raise RuntimeError(f"TensorRT refuses profile '{name}': {logger.said()}")
-    monitor = reporter(trt, progress)
+
+    def shown(phase: str, done: int, total: int) -> None:
+        memory.page_out(folder / DATA)  # what was read is in the engine by now
+        progress(phase, done, total)
+
+    monitor = reporter(trt, shown)
     config.progress_monitor = monitor
     plan = builder.build_serialized_network(network, config)
     if monitor.interrupted:

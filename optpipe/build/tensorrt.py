@@ -187,9 +187,10 @@ class TensorRT(Stage):
             timing_cache=Path(self.timing_cache) if self.timing_cache else None,
         )
         built = plans.build(request, out, out / PLAN, progress)
-        plan = (out / PLAN).read_bytes()
-        if package.gpu is not None and (layers := plans.inspect(package.module, plan)) is not None:
-            (out / INSPECTED).write_text(layers)
+        if package.gpu is not None:
+            layers = plans.inspect(package.module, (out / PLAN).read_bytes())
+            if layers is not None:
+                (out / INSPECTED).write_text(layers)
         return {
             "plan": PLAN,
             "not_built": None,
@@ -226,7 +227,7 @@ def check_files(folder: Path) -> None:
             raise GateError(f"'{folder / name}' is not the file that the engine was made with")
     if told["plan"] is None or told["package"] != nvidia.RTX:
         return
-    if malformed(import_module(nvidia.RTX), (folder / PLAN).read_bytes()):
+    if malformed(import_module(nvidia.RTX), folder / PLAN):
         raise GateError(f"'{folder / PLAN}' is not a plan that {nvidia.RTX} recognizes")
 
 

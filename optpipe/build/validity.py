@@ -9,17 +9,16 @@ from optpipe.build.nvidia import AMPERE_PLUS, FULL, capability
 from optpipe.build.plan import listener
 
 
-def malformed(trt: Any, plan: bytes) -> bool:
+def malformed(trt: Any, plan_file: Path) -> bool:
     """Whether these bytes are no plan to TensorRT for RTX, which needs no GPU to tell."""
-    runtime = trt.Runtime(listener(trt))
-    _, diagnostics = runtime.get_engine_validity(plan)
+    _, diagnostics = _validity(trt, plan_file)
     return bool(diagnostics & int(trt.EngineInvalidityDiagnostics.MALFORMED_ENGINE))
 
 
-def unfit(trt: Any, plan: Path, told: dict[str, Any], gpu: str) -> str | None:
+def unfit(trt: Any, plan_file: Path, told: dict[str, Any], gpu: str) -> str | None:
     """Why this GPU cannot run a plan, of which ``told`` tells, if it cannot."""
     if trt.__name__ != FULL:
-        return _invalid(trt, plan, gpu)
+        return _invalid(trt, plan_file, gpu)
     built = told["target"]
     if gpu == built or (built == AMPERE_PLUS and capability(gpu) >= 80):
         return None
@@ -28,10 +27,7 @@ def unfit(trt: Any, plan: Path, told: dict[str, Any], gpu: str) -> str | None:
 
 def _invalid(trt: Any, plan_file: Path, gpu: str) -> str | None:
     """Why TensorRT for RTX cannot run the plan on this GPU, if it cannot."""
-    runtime = trt.Runtime(listener(trt))
-    with plan_file.open("rb") as file:  # the header tells, the rest may be gigabytes
-        header = file.read(runtime.engine_header_size)
-    validity, diagnostics = runtime.get_engine_validity(header)
+    validity, diagnostics = _validity(trt, plan_file)
     if validity != trt.EngineValidity.INVALID:
         return None
     reasons = [
@@ -40,3 +36,10 @@ def _invalid(trt: Any, plan_file: Path, gpu: str) -> str | None:
         if diagnostics & int(reason)
     ]
     return f"TensorRT-RTX says that {gpu} cannot run the plan: {', '.join(reasons) or 'no reason'}"
+
+
+def _validity(trt: Any, plan_file: Path) -> Any:
+    """(whether it can run here, what speaks against it)"""
+    runtime = trt.Runtime(listener(trt))
+    with plan_file.open("rb") as file:  # the header tells, the rest may be gigabytes
+        return runtime.get_engine_validity(file.read(runtime.engine_header_size))
