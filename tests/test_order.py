@@ -1,5 +1,8 @@
 """Every stage refuses what the declared order refuses, with the reason, and takes all else."""
 
+import contextlib
+import random
+from dataclasses import replace
 from functools import cache
 from itertools import product
 
@@ -194,6 +197,27 @@ def made(ground, names):
             assert last.stats["verified"] and last.lineage[-1] == f"{second}, then"
             ran.append((first, second))
     return ran
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(24))
+def test_whatever_longer_chain_is_taken_runs_and_verifies(seed, ground):
+    """Stages drawn at random, each on some layers, as long as they may follow; then an export."""
+    source, store, stages = ground
+    draw, chain = random.Random(seed), {}
+    exports = [build(OmegaConf.load(f)) for f in FILES if f.parent.name == "export"]
+    for stage in [*draw.choices([*stages.values()], k=60), *draw.sample(exports, len(exports))]:
+        if hasattr(stage, "targets"):
+            stage = replace(stage, targets=[draw.choice(["*", "*.mlp.*", "*.0.*", "*down_proj"])])
+        longer = {**chain, f"{len(chain)} {type(stage).__name__}": stage}
+        if stage.produces == "hf" and (stage.last or len(chain) == 5):
+            continue
+        with contextlib.suppress(InputError):
+            check(longer, source, store)
+            chain = longer
+    *_, last = run(check(chain, source, store), source.prepare(store))
+    assert last.stats["verified"] and last.format != "hf" and len(last.lineage) > 1
 
 
 def test_on_other_layers_every_order_is_fine(tiny, tmp_path):
