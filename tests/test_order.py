@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+import re
 from dataclasses import replace
 from functools import cache
 from itertools import product
@@ -145,12 +146,12 @@ def outcome(ground, first, second):
 
 
 def test_every_pair_of_methods_fits_or_is_refused_with_a_reason_that_names_the_second(ground):
-    names, reasons = [*ground[2]], ORDER | ALONE
+    names = [*ground[2]]
     pairs = {(a, b): outcome(ground, a, b) for a in names for b in names}
     refused = {pair: why for pair, why in pairs.items() if isinstance(why, str)}
     for (first, second), why in refused.items():
         assert why.startswith((f"stage '{second}, then'", f"stage '{first}': ")), (first, why)
-        assert any(reason in why for reason in reasons), (first, second, why)
+        assert re.search(r"layer '|; |pip install", why), why  # what of the model, or what to do
     assert len(refused) < 0.6 * len(pairs)
     for pair in (("prune/wanda", "quant/gptq"), ("quant/rtn", "residual/qera")):
         assert pair not in refused
@@ -158,16 +159,6 @@ def test_every_pair_of_methods_fits_or_is_refused_with_a_reason_that_names_the_s
         assert pair in refused
 
 
-ORDER = {reason for of_step in order.REASONS.values() for reason in of_step.values()}
-ALONE = {
-    "nothing to correct",  # a residual of what was not compressed
-    "which rewrites weights, so that what it lost before is not known",
-    "through which no gradient comes; recover before that",
-    "after all others that make a torch model",
-    "is less than one; raise it",  # the only block left
-    "and AutoRound keeps no zeros",
-    "needs package 'auto-round'",
-}
 EARLIER = [
     ("transform/rotate", "prune/magnitude"),
     ("lowrank/svd", "prune/magnitude"),
