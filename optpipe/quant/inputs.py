@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from optpipe.calibrate import Calib, Observation
 from optpipe.checkpoint import Checkpoint
 from optpipe.linear import LARGEST, STATIC_INPUTS, Form, Quantized
-from optpipe.quant.grid import HALF, Grid, Quantize, fit
+from optpipe.quant.grid import HALF, Quantize, fit
 
 
 class Magnitudes:
@@ -102,14 +102,10 @@ class WeightsAndInputs(Quantize):
     def form(self, name: str, form: Form) -> Form:
         return replace(form, inputs=self.rounded, **self.weight)  # type: ignore[arg-type]
 
-    def grid(self, weight_RC: Tensor, form: Form) -> Grid:
-        """That of the weights."""
-        return fit(weight_RC, form)
-
     def quantize(
         self, layer: nn.Module, weight_RC: Tensor, form: Form, statistic: Magnitudes | None
     ) -> Quantized:
-        grid = self.grid(weight_RC, form)
+        grid = fit(weight_RC, form)
         quantized = grid.module(grid.encode(weight_RC), layer)
         if statistic is not None:
             largest = statistic.percentile(self.percentile)

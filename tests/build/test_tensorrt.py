@@ -333,7 +333,7 @@ FORMATS = {
     "fp8 W8A8": Fp8(calib=CALIB),
     "fp8 W8A8, one scale a channel": Fp8(weights="channel", calib=CALIB),
     "fp8 channel": Rtn(number="fp8", bits=8, group_size=-1),
-    "nvfp4 W4A4": Nvfp4(activations="block", calib=CALIB),
+    "nvfp4 W4A4": Nvfp4(activations="block", method="rtn", clip="minmax", calib=CALIB),
     "mxfp8 W8A8": Mxfp8(activations="block"),
     "2:4": Magnitude(pattern="2:4"),
     "low rank": Svd(keep=0.8, rank_multiple=4),
@@ -417,7 +417,8 @@ def runnable(artifact, folder):
 
 def test_plans_of_weights_alone_in_blocks(graph, run, tiny, rtx, tmp_path):
     """nvfp4 in attention, mxfp8 in the MLP; for the GPUs that have fp4."""
-    source = run(Mxfp8(targets=["*.mlp.*"]), run(Nvfp4(targets=["*.self_attn.*"]), tiny()))
+    attention = Nvfp4(method="rtn", clip="mse", targets=["*.self_attn.*"])
+    source = run(Mxfp8(targets=["*.mlp.*"]), run(attention, tiny()))
     made = run(TensorRT(target="sm120"), graph(source, capacity=48))
     assert_whole(made, rtx)
     assert about(made.path)["target"] == "sm120"

@@ -25,7 +25,9 @@ def quantized(run, half):
 
     def make(activations="none"):
         more = {"calib": run.calib} if activations == "block" else {}
-        return run(Nvfp4(activations=activations, **more), half("llama"))
+        return run(
+            Nvfp4(activations=activations, method="rtn", clip="minmax", **more), half("llama")
+        )
 
     return make
 

@@ -44,7 +44,9 @@ def quantized(run, eight_bits, tmp_path):
         if kind == "fp8":
             return eight_bits(folder, number="fp8", group_size=PER_TENSOR, inputs="fp8_tensor")
         if kind == "w4a8":
-            stage = Known(group_size=reference.GROUP[kind], clip="minmax", calib=run.calib)
+            stage = Known(
+                group_size=reference.GROUP[kind], method="rtn", clip="minmax", calib=run.calib
+            )
             return run(stage, folder)
         bits, group = {"int4": (4, reference.GROUP["int4"]), "int8": (8, PER_CHANNEL)}[kind]
         return run(Rtn(bits=bits, group_size=group), folder)

@@ -55,10 +55,10 @@ KINDS = {
     "int8 W8A8 per token": ({**EIGHT, "inputs": "int8_token"}, vllm.Vllm),
     "fp8 per token": ({**EIGHT, "number": "fp8", "inputs": "fp8_token"}, vllm.Vllm),
     "fp8 per tensor": (STATIC, vllm.Vllm),
-    "nvfp4 weights": (Nvfp4(), vllm.Vllm),
+    "nvfp4 weights": (Nvfp4(method="rtn", clip="minmax"), vllm.Vllm),
     "modelopt FP8": (STATIC, Trtllm),
     "modelopt FP8 per token": ({**EIGHT, "number": "fp8", "inputs": "fp8_token"}, Trtllm),
-    "modelopt W4A16_NVFP4": (Nvfp4(), Trtllm),
+    "modelopt W4A16_NVFP4": (Nvfp4(method="rtn", clip="minmax"), Trtllm),
     "modelopt W4A16_AWQ": (INT4, Trtllm),  # vLLM 0.25.1 knows no such algorithm
 }
 

@@ -33,7 +33,7 @@ def test_scales_of_inputs_put_the_largest_seen_at_the_largest_number(run, tiny):
 
 
 def test_without_inputs_it_is_rounding_to_nearest_and_needs_no_data(run, tiny):
-    stage = Nvfp4(clip="mse")
+    stage = Nvfp4(method="rtn", clip="mse")
     assert stage.inputs(Checkpoint(tiny())) is None
     ours, rtn = (Checkpoint(run(s, tiny()).path) for s in (stage, Rtn(clip="mse", **NVFP4)))
     name = "model.layers.1.mlp.up_proj"
@@ -56,8 +56,17 @@ def test_gptq_takes_the_grid_as_it_takes_integers(kind, layer, output_error):
     assert errors[0] < (1.0 if kind == "white" else 0.7) * errors[1]
 
 
+def test_by_gptq_codes_are_those_of_stage_gptq(run, tiny):
+    ours, gptq = (
+        Checkpoint(run(s, tiny()).path)
+        for s in (Nvfp4(activations="block", calib=run.calib), Gptq(calib=run.calib, **NVFP4))
+    )
+    name = "model.layers.0.self_attn.k_proj"  # before any input was rounded
+    assert torch.equal(ours.tensor(f"{name}.codes"), gptq.tensor(f"{name}.codes"))
+
+
 @pytest.mark.parametrize("fields", [
-    {"activations": "tensor"}, {"clip": "hessian"}, {"percentile": 0.0},
+    {"activations": "tensor"}, {"clip": "max"}, {"percentile": 0.0}, {"method": "awq"},
 ])  # fmt: skip
 def test_bad_fields_are_refused(fields):
     name, value = next(iter(fields.items()))
