@@ -30,7 +30,10 @@ from optpipe.quant.awq import Awq
 from optpipe.quant.fp8 import Fp8
 from optpipe.quant.gptq import Gptq
 from optpipe.quant.int8 import Int8
+from optpipe.quant.mxfp8 import Mxfp8
+from optpipe.quant.nvfp4 import Nvfp4
 from optpipe.quant.rtn import Rtn
+from optpipe.quant.w4a8 import W4a8
 from optpipe.residual.qera import Qera
 from optpipe.stage import Stage
 from optpipe.text import tokenize
@@ -143,6 +146,24 @@ def test_eight_bits_for_inputs_too_are_nearly_free(cost):
     token, static = (cost(Int8(activations=a, calib=CALIB)) for a in ("token", "tensor"))
     smooth = SmoothQuant(alpha=0.75, linears=True, calib=CALIB)
     assert token < cost(smooth, Int8(calib=CALIB)) < static < 1.02
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_four_bits_in_blocks_cost_less_by_gptq_and_more_where_inputs_are_rounded_too(cost):
+    """NVFP4, 4.5 bits a weight, and int4 in groups of 128 with fp8 inputs."""
+    rounded = {"method": "rtn", "clip": "minmax", "calib": CALIB}
+    weights, both = (cost(Nvfp4(activations=a, calib=CALIB)) for a in ("none", "block"))
+    nearest, nearest_both = (cost(Nvfp4(activations=a, **rounded)) for a in ("none", "block"))
+    assert weights < 1.025 and nearest < 1.05 and both < 1.08
+    assert recovered(nearest, weights) > 0.4 and recovered(nearest_both, both) > 0.2
+    assert cost(W4a8(calib=CALIB)) < 1.05
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_eight_bits_in_blocks_are_nearly_free(cost):
+    assert cost(Mxfp8()) < 1.004 and cost(Mxfp8(activations="block")) < 1.01
 
 
 @pytest.mark.slow
