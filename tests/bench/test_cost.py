@@ -1,5 +1,7 @@
 """Bytes and FLOPs against counts by hand and against torch's own counter (T8c)."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -17,6 +19,8 @@ from optpipe.lowrank.svd import Svd
 from optpipe.prune.magnitude import Magnitude
 from optpipe.quant.fp8 import Fp8
 from optpipe.quant.int8 import Int8
+from optpipe.quant.mxfp8 import Mxfp8
+from optpipe.quant.nvfp4 import Nvfp4
 from optpipe.quant.rtn import Rtn
 
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -204,3 +208,17 @@ def test_a_cell_is_costed_at_the_mean_depth_of_its_decode_steps(tiny):
     assert found.decode.all_flops == pytest.approx(np.mean([step.all_flops for step in steps]))
     assert cell_costs(model, Cell("single", 1, 8, 1)).decode is None
     assert found.capacity == 128
+
+
+def test_a_plan_reads_blocks_as_they_are_stored(run, tiny):
+    """4.5 bits in attention, 8.25 in the MLP; a float32 of each nvfp4 layer; the embedding."""
+    attention = Nvfp4(targets=["*.self_attn.*"], method="rtn", clip="minmax")
+    made = run(Mxfp8(targets=["*.mlp.*"]), run(attention, tiny()))
+    graph = run(Onnx(), made)
+    found = graph_model(replace(graph, format="tensorrt"))
+    blocks = [p.bytes for p in found.products if not p.head]
+    expected = [
+        rows * cols * (4.5 if cols == 64 and rows != 96 else 8.25) / 8 for rows, cols in BLOCK
+    ]
+    attended = [size + 4 for size in expected[:4]]
+    assert sorted(blocks) == sorted((attended + expected[4:]) * LAYERS)

@@ -55,7 +55,8 @@ def graph_model(artifact: Artifact) -> Model:
     cache = next(v for v in proto.graph.input if v.name.startswith("past_key_values"))
     about, logits = cache.type.tensor_type, proto.graph.output[0].type.tensor_type
     dtype, held = (str(helper.tensor_dtype_to_np_dtype(t.elem_type)) for t in (logits, about))
-    products = list(_graph_products(proto.graph, dtype, unfused(artifact.path)))
+    floats = artifact.format != "tensorrt" and unfused(artifact.path)  # TensorRT keeps codes
+    products = list(_graph_products(proto.graph, dtype, floats))
     fused = any(prop.key == "form" and prop.value == "fused" for prop in proto.metadata_props)
     return _model(
         Checkpoint(artifact.path).decoder,
@@ -136,12 +137,20 @@ def _graph_products(graph: GraphProto, dtype: str, unfused: bool) -> Iterator[Pr
             inputs = [node.input[1]] if source is None else list(source.input)
             if inputs[0] not in weights:
                 continue
+            inputs = [name for part in inputs for name in _stored(part, weights, maker)]
             found = _matmul(inputs, weights, dtype, head)
             if unfused and len(inputs) > 1:
                 found = replace(found, bytes=found.rows * found.cols * ITEM_BYTES[dtype])
             elif len(inputs) > 1 and _rounded(maker.get(node.input[0]), maker):
                 found = replace(found, dtype="int8")
             yield found
+
+
+def _stored(
+    name: str, weights: Mapping[str, TensorProto], maker: Mapping[str, NodeProto]
+) -> list[str]:
+    """What is stored of an input: itself, or, of scales that are codes again, those."""
+    return [name] if name in weights else list(maker[name].input)
 
 
 def _rounded(made_by: NodeProto | None, maker: Mapping[str, NodeProto]) -> bool:
