@@ -35,6 +35,8 @@ PORTABLE = "sm80, sm86, sm89, sm120 and later"
 PORTABLE_FP8 = "sm89, sm120 and later"
 PORTABLE_FP4 = "sm120 and later"
 """What TensorRT for RTX builds for unless it is told otherwise, by its documentation."""
+NEWEST_RTX = 121
+"""Plans of TensorRT for RTX are for all that is newer, too."""
 AMPERE_PLUS = "sm80 and later"
 """What TensorRT builds for with that flag."""
 
@@ -59,6 +61,13 @@ class Package:
             return (self.gpu,) if self.gpu else ()
         known = self.module.ComputeCapability.__members__
         return tuple(name.lower() for name in known if name.startswith("SM"))
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether the GPU of this machine runs what it builds; TensorRT for RTX knows no sm90."""
+        if self.gpu is None:
+            return False
+        return self.name == FULL or self.gpu in self.targets or capability(self.gpu) > NEWEST_RTX
 
     def refuse_target(self, target: str | None) -> str | None:
         """Why it cannot build for ``target``, if it cannot."""

@@ -14,14 +14,18 @@ from onnx import TensorProto
 
 from optpipe.export.graph import read, tensor
 
-TYPES = {
+TYPES: dict[int, str] = {
     TensorProto.FLOAT: "float32",
     TensorProto.FLOAT16: "float16",
     TensorProto.BFLOAT16: "bfloat16",
     TensorProto.FLOAT8E4M3FN: "fp8",
     TensorProto.INT8: "int8",
     TensorProto.INT4: "int4",
+    TensorProto.FLOAT4E2M1: "fp4",
 }
+
+CODE: dict[int, int] = {TensorProto.INT4: 0b1111, TensorProto.FLOAT4E2M1: 0b0111}
+"""Of types with two codes a byte: the bits that are not all zero in numbers other than (-)0."""
 
 
 def sparse24(folder: Path) -> dict[str, int]:
@@ -40,14 +44,14 @@ def is24(folder: Path, weight: TensorProto) -> bool:
     """Whether a weight (K, N) is; it is read up to the first four inputs that are not."""
     rows, cols = weight.dims
     data = tensor(folder, weight).reshape(-1)
-    packed = weight.data_type == TensorProto.INT4  # two codes a byte, symmetric: 0 is 0
-    step = 2 * cols if packed else 4 * cols
+    mask = CODE.get(weight.data_type)
+    step = 2 * cols if mask else 4 * cols
     return rows % 4 == 0 and all(
-        _fits(data[start : start + step], cols, packed) for start in range(0, len(data), step)
+        _fits(data[start : start + step], cols, mask) for start in range(0, len(data), step)
     )
 
 
-def _fits(four: np.ndarray, cols: int, packed: bool) -> bool:
-    if packed:
-        four = np.stack([four & 15, four >> 4], -1)
+def _fits(four: np.ndarray, cols: int, mask: int | None) -> bool:
+    if mask:
+        four = np.stack([four & mask, four >> 4 & mask], -1)
     return bool(((four.reshape(4, cols) != 0).sum(0) <= 2).all())

@@ -108,6 +108,11 @@ class TensorRT(Stage):
         if package is None:
             log.warning("no plan will be built, only its ONNX file checked: %s", why)
             return [why]
+        if package.gpu and not package.runs_here:
+            log.warning(
+                "%s builds no plan that the %s here runs, so that it will not be benchmarked; pip "
+                "install 'optpipe[%s]'", package.name, package.gpu, nvidia.EXTRA[nvidia.FULL]
+            )  # fmt: skip
         _ = model.stop_tokens  # raises what is wrong with them
         return [package.name, package.version, package.gpu]
 

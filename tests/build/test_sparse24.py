@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from optpipe import model
-from optpipe.build.sparse24 import TYPES, is24, sparse24
+from optpipe.build.sparse24 import CODE, TYPES, is24, sparse24
 from optpipe.build.tensorrt import TensorRT, about
 from optpipe.calibrate import Calib
 from optpipe.checkpoint import Checkpoint
@@ -20,8 +20,9 @@ from optpipe.quant.rtn import Rtn
 
 def proto(values, dtype):
     """A weight as the exporter stores it: its bytes, two 4-bit codes in one."""
-    if dtype == TensorProto.INT4:
-        nibbles = values.astype(np.uint8).reshape(-1, 2) & 15
+    if dtype in CODE:
+        codes = values if dtype == TensorProto.INT4 else np.where(values < 0, 8 - values, values)
+        nibbles = codes.astype(np.uint8).reshape(-1, 2) & 15
         raw = nibbles[:, 0] | nibbles[:, 1] << 4
     else:
         raw = values.astype(helper.tensor_dtype_to_np_dtype(dtype))

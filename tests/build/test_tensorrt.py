@@ -159,6 +159,20 @@ def test_the_package_that_can_is_chosen(gpu, fields, package, packages):
     assert found.name == package and why is None
 
 
+@pytest.mark.parametrize("gpu, package, runs", [
+    ("sm90", "tensorrt", True), ("sm90", "tensorrt_rtx", False), ("sm89", "tensorrt_rtx", True),
+    ("sm130", "tensorrt_rtx", True), (None, "tensorrt_rtx", False),
+])  # fmt: skip
+def test_a_gpu_that_runs_no_plan_is_told_so_before_any_work(
+    gpu, package, runs, packages, tiny, caplog
+):
+    packages(gpu)
+    stage = TensorRT(package=package)
+    stage.inputs(Checkpoint(tiny()))
+    assert stage._package()[0].runs_here == runs
+    assert ("no plan that the sm90 here runs" in caplog.text) == (gpu is not None and not runs)
+
+
 @pytest.mark.parametrize("gpu, fields, message", [
     (None, {"target": "sm90"}, r"tensorrt 11\.4.* GPU only; tensorrt_rtx 1\.7\.1 cannot "
      "build for sm90 here, only for sm89, sm120; tensorrt builds for the sm90 it runs on$"),
