@@ -18,11 +18,11 @@ CALIB = Calib(source="random", samples=4, tokens=32)
 IDS = torch.randint(3, 288, (2, 30), generator=torch.Generator().manual_seed(0))
 
 
-def theirs(stage, folder):
+def theirs(stage, folder, device="cpu"):
     """The model as modelopt leaves it."""
     checkpoint = Checkpoint(folder)
-    lm = model.load(checkpoint)
-    ids = stage.calib.ids(checkpoint)
+    lm = model.load(checkpoint).to(device)
+    ids = stage.calib.ids(checkpoint).to(device)
     with imported() as mtq, torch.no_grad():
         config = PRESETS[stage.preset].settings(mtq, stage.group_size)
         return mtq.quantize(lm, config, lambda lm: [lm(i[None]) for i in ids])
@@ -109,6 +109,18 @@ def test_nvfp4_has_the_bytes_of_modelopt(run, tiny):
         assert torch.equal(layer.scales.float(), scales.float())
         assert torch.equal(layer.global_scale, whole)
         torch.testing.assert_close(float(layer.input_scale), max(inputs) / 2688, rtol=1e-6, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("preset", ["nvfp4", "nvfp4_awq"])
+def test_nvfp4_computes_what_modelopt_does_on_a_gpu(preset, run, tiny):
+    stage, folder = Modelopt(preset=preset, calib=CALIB), tiny("phi3")
+    exact = logits(model.load(Checkpoint(folder)))
+    ours = logits(model.load(Checkpoint(run(stage, folder).path)))
+    them = logits(theirs(stage, folder, "cuda"), IDS.cuda()).cpu()
+    lost = relative(them, exact)
+    assert relative(ours, exact) < 1.2 * lost < 0.6
+    assert preset == "nvfp4_awq" or relative(ours, them) < 0.5 * lost
 
 
 def test_low_rank_layers_are_scaled_too(run, tiny):
