@@ -41,17 +41,6 @@ def exact_graph(folder: Path, out: Path) -> None:
     """
     model = read(folder)
     _unround(model)
-    _write(model, folder, out)
-
-
-def runnable_graph(folder: Path, out: Path) -> None:
-    """A canonical graph in ``out`` that rounds as it did, in operators that ONNX Runtime has."""
-    model = read(folder)
-    substitute.roundings(model)
-    _write(model, folder, out)
-
-
-def _write(model: ModelProto, folder: Path, out: Path) -> None:
     dtype = model.graph.output[0].type.tensor_type.elem_type
     for value in [*model.graph.input, *model.graph.output]:
         _float_cache(value, dtype)
@@ -68,6 +57,13 @@ def _write(model: ModelProto, folder: Path, out: Path) -> None:
         os.link(folder / DATA, out / DATA)
     except OSError:  # a file system without links
         shutil.copyfile(folder / DATA, out / DATA)
+
+
+def runnable_graph(folder: Path, out: Path) -> None:
+    """A canonical graph in ``out`` that rounds as it did, in operators that ONNX Runtime has."""
+    model = read(folder)
+    substitute.roundings(model)
+    _rewrite(model, folder, out)
 
 
 def _rewrite(model: ModelProto, folder: Path, out: Path) -> None:
