@@ -19,15 +19,20 @@ INPUTS = ["none", "block"]
 FUSED = ["q_proj", "k_proj", "v_proj"]
 
 
+@pytest.fixture(scope="module")
+def made():
+    return {}
+
+
 @pytest.fixture
-def quantized(run, half):
-    """quantized(activations) -> an artifact of the tiny model in NVFP4."""
+def quantized(run, half, made):
+    """quantized(activations) -> an artifact of the tiny model in NVFP4, made once."""
 
     def make(activations="none"):
-        more = {"calib": run.calib} if activations == "block" else {}
-        return run(
-            Nvfp4(activations=activations, method="rtn", clip="minmax", **more), half("llama")
-        )
+        if activations not in made:
+            stage = Nvfp4(activations=activations, method="rtn", clip="minmax", calib=run.calib)
+            made[activations] = run(stage, half("llama"))
+        return made[activations]
 
     return make
 
