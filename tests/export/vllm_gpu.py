@@ -4,10 +4,12 @@
 
 SHAPE is demo, or a name from conf/model/shapes with random weights. Every checkpoint is made and
 opened in a process of its own, N at once, dealt over all GPUs; its greedy tokens are compared with
-those of the torch backend on the same artifact, in float16. Where they part, the margin is how much
-higher the torch model had its own token there than vLLM's: near zero, either was right. Eager, so
-that it starts soon; --speed compiles, runs one at a time and adds times. KIND is the beginning of
-some of the names in KINDS; without, all of them. What vLLM wrote is kept in $OUT, or FOLDER.
+those of the torch backend on the same artifact, in float16, and these with float32: where inputs
+are rounded, the last bits of an activation decide between codes, and no two ways to multiply agree
+further than that floor. Where tokens part, the margin is how much higher the torch model had its
+own token there than the other: near zero, either was right. Eager, so that it starts soon; --speed
+compiles, runs one at a time and adds times. KIND is the beginning of some of the names in KINDS;
+without, all of them. What vLLM wrote is kept in $OUT, or FOLDER.
 """
 
 import argparse
@@ -36,6 +38,7 @@ from optpipe.bench.vllm import OFFLINE, SETTINGS, Vllm
 from optpipe.blockwise import rewrite
 from optpipe.checkpoint import Checkpoint
 from optpipe.export import vllm
+from optpipe.export.folder import block_scales, global_scales
 from optpipe.export.readback import read_back
 from optpipe.export.trtllm import Trtllm
 from optpipe.quant.nvfp4 import Nvfp4
@@ -161,6 +164,18 @@ def given(shape):
     return Demo() if shape == "demo" else Random(config=shape)
 
 
+def ours(made, dtype):
+    """Greedy tokens and logits of the torch model, with the global scales of the checkpoint."""
+    source = Checkpoint(made.path)
+    wholes = global_scales(source, model.layers(source))
+    with Torch(made, 1, dtype) as backend:
+        for name, whole in wholes.items():
+            layer = backend._lm.get_submodule(name)
+            whole = whole.to(layer.scales.device)
+            layer.scales, layer.global_scale = block_scales(layer, whole), whole
+        return greedy(backend, prompts(backend.vocab))
+
+
 def child(out, shape, kind, speed):
     """Make one checkpoint and open it in vLLM; the last line it prints is its row of the table."""
     out, (form, exporter) = Path(out), KINDS[kind]
@@ -171,8 +186,8 @@ def child(out, shape, kind, speed):
     made = stage(exporter(), compressed, own / "checkpoint")
     if shape == "demo":
         read_back(made, compressed)
-    with Torch(compressed, 1, "float16") as ours:
-        tokens, logits = greedy(ours, prompts(ours.vocab))
+    tokens, logits = ours(compressed, "float16")
+    floor = agreement(tokens, logits, ours(compressed, "float32")[0])
     gc.collect()
     torch.cuda.empty_cache()
     if speed == "eager":
@@ -182,7 +197,7 @@ def child(out, shape, kind, speed):
     with Vllm(made, 1, "float16") as backend:
         theirs, _ = greedy(backend, prompts(backend.vocab))
         times = [] if speed == "eager" else speeds(backend)
-    told = " | ".join([agreement(tokens, logits, theirs), *(f"{t:.2f}" for t in times)])
+    told = " | ".join([agreement(tokens, logits, theirs), floor, *(f"{t:.2f}" for t in times)])
     print(f"{MARK}{told}", flush=True)
 
 
@@ -216,7 +231,8 @@ def main():
     )
     print(f"{torch.cuda.get_device_name()}, GPUs {gpus}", flush=True)
     times = "TTFT 128 ms | TTFT long | TPOT b1 ms | TPOT b8 | " if asked.speed else ""
-    print(f"| shape | checkpoint | greedy tokens beside torch | {times}took |", flush=True)
+    floor = "torch float16 beside float32"
+    print(f"| shape | checkpoint | beside torch | {floor} | {times}took |", flush=True)
     for shape in asked.shapes.split(","):
         source = given(shape).prepare(asked.folder)
         scales = input_scales(source.path, given(shape).checkpoint.decoder.vocab)
