@@ -3,7 +3,7 @@
     python tests/quant/peers.py                                   # ours and nvidia-modelopt's
     python tests/quant/peers.py --llmcompressor VENV/bin/python   # and llm-compressor's
 
-All calibrate on the same 64 windows of 512 tokens and are scored on the same ten of 1024, each as
+All calibrate on the same 64 windows of 512 tokens, with the settings of the peer, and are scored on the same ten of 1024, each as
 its own library runs it. llm-compressor needs an environment of its own (transformers 5.15 to 5.17)
 from which this package can be imported. Every peer must have changed the model. Exit code 1 if one
 of ours is more than 1 % worse than the peer beside it.
@@ -95,7 +95,7 @@ def pairs():
         "int4 g128, rounding": ([Rtn()], "int4_rtn"),
         "int4 g128, AWQ": ([Awq()], "int4_awq"),
         "int4 g128, modelopt's AWQ in our form": ([Modelopt(preset="int4_awq")], "export:int4_awq"),
-        "int8, SmoothQuant": ([SmoothQuant(linears=True), Int8()], "int8_smoothquant"),
+        "int8, SmoothQuant": ([SmoothQuant(linears=True, alpha=1.0), Int8()], "int8_smoothquant"),
         "int8, modelopt's in our form": ([Modelopt(preset="int8_smoothquant")], "int8_smoothquant"),
         "fp8": ([Fp8()], "fp8"),
         "int4 g128, GPTQ": ([Gptq()], "lc:gptq"),
