@@ -29,6 +29,10 @@ FELT_TOKENS = 16_384
 """Of the calibration, that tell how much the loss feels of each layer: their hidden states between
 all blocks are in memory at once."""
 
+WORTH = 0.8
+"""Share of a layer's parameters up to which two products may take its place. On one core they took
+0.7 to 0.9 of its time at 0.8 and 0.8 to 1.2 at 0.9; tests/lowrank/products.py asks a GPU."""
+
 NEGLIGIBLE = 1e-12
 """Directions whose share of the largest eigenvalue is below this carry no input."""
 
@@ -99,8 +103,8 @@ class SvdLlm(Factorize):
         return self._worth(form)
 
     def _worth(self, form: Form) -> int:
-        below = -(-form.rows * form.cols // (form.rows + form.cols)) - 1  # fewer weights than W
-        return below - below % self.rank_multiple
+        largest = int(WORTH * form.rows * form.cols / (form.rows + form.cols))
+        return largest - largest % self.rank_multiple
 
     def plan(self, layers: Layers) -> Layers:
         planned = super().plan(layers)

@@ -209,8 +209,15 @@ def test_a_layer_too_small_for_a_rank_stays_whole_under_one_budget_and_is_refuse
 
 
 def test_a_budget_that_no_ranks_meet_is_refused_before_any_work():
-    """The least is 32 * 160 of 6144 parameters in the large layer and all 384 of the small one."""
+    """The least is 16 * 160 of 6144 parameters in the large layer and all 384 of the small one."""
     layers = {"large": Form(rows=64, cols=96), "small": Form(rows=6, cols=64)}
-    with pytest.raises(ValueError, match=r"keep=0.8 is below 0.843, the share .* at rank 32"):
-        SvdLlm(keep=0.8).plan(layers)
-    SvdLlm(keep=0.85).plan(layers)
+    with pytest.raises(ValueError, match=r"keep=0.45 is below 0.451, the share .* at rank 16"):
+        SvdLlm(rank_multiple=16, keep=0.45).plan(layers)
+    SvdLlm(rank_multiple=16, keep=0.46).plan(layers)
+
+
+def test_no_two_products_are_planned_that_take_as_long_as_one():
+    """Nor settled: above 0.8 of the parameters, rank 30 here, a layer stays whole."""
+    form = Form(rows=64, cols=96)
+    assert SvdLlm(rank_multiple=1).plan({"a": form})["a.right"].rows == 30
+    assert SvdLlm(rank_multiple=1).costs(form) == [*range(160, 4801, 160), 6144]

@@ -169,7 +169,7 @@ BEFORE = {
     "factorized": {
         "lowrank": SvdLlm(keep=0.9, rank_multiple=32, allocation="uniform", targets=["*.mlp.*"])
     },
-    "settled": {"lowrank": SvdLlm(keep=0.9, rank_multiple=32, targets=["*.mlp.*"])},
+    "settled": {"lowrank": SvdLlm(keep=0.9, rank_multiple=16, targets=["*.mlp.*"])},
     "rotated": {"transform": Rotate()},
     "smoothed": {"transform": SmoothQuant(linears=True)},
     "narrowed": {"structure": Width(multiple=32, mlp=0.4)},
@@ -179,7 +179,7 @@ BEFORE = {
 @pytest.mark.parametrize("before", BEFORE)
 def test_it_takes_back_what_was_lost_since_weights_were_rewritten(before, run, tiny, tmp_path):
     """The logits come nearer to those of the model that weights are corrected towards."""
-    stages = {**BEFORE[before], "quant": Rtn(bits=3, group_size=32), "residual": Qera(rank=8)}
+    stages = {**BEFORE[before], "quant": Rtn(bits=3, group_size=16), "residual": Qera(rank=8)}
     for name, stage in stages.items():
         if hasattr(stage, "calib"):
             stages[name] = replace(stage, calib=run.calib)
