@@ -15,7 +15,8 @@ C inputs, G scales a row. A layer NAME becomes
     a KV cache in fp8         ATTENTION.k_scale (1)   ATTENTION.v_scale (1)
 
 with scales of 8-bit weights and of inputs in float32, which vLLM keeps them in. Layers in nvfp4
-that vLLM multiplies as one get one global scale, for which scales of blocks are rounded again.
+that vLLM multiplies as one get one global scale, for which scales of blocks are rounded again; fp8
+weights with one scale a layer vLLM itself rounds again there, to the largest of their scales.
 https://github.com/vllm-project/compressed-tensors; checked against 0.17 and vLLM 0.25.1.
 """
 

@@ -213,8 +213,9 @@ def row(out, shape, kind, gpu, speed):
     log.write_text(done.stdout + done.stderr)
     rmtree(out / shape / name)
     found = [line[len(MARK) :] for line in done.stdout.splitlines() if line.startswith(MARK)]
-    why = [line.strip() for line in done.stderr.splitlines() if "Error" in line] or ["died"]
-    told = found[0] if found else f"{'; '.join(dict.fromkeys(why))[-300:]}"
+    lines = [line.strip() for line in done.stderr.splitlines()]
+    last = max((n for n, line in enumerate(lines) if "Error" in line), default=0)
+    told = found[0] if found else " ".join(lines[last : last + 3])[:400] or "died"
     print(f"| {shape} | {kind} | {told} | {time.perf_counter() - start:.0f} s |", flush=True)
 
 
