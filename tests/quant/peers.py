@@ -3,10 +3,10 @@
     python tests/quant/peers.py                                   # ours and nvidia-modelopt's
     python tests/quant/peers.py --llmcompressor VENV/bin/python   # and llm-compressor's
 
-All calibrate on the same 64 windows of 512 tokens, with the settings of the peer, and are scored on the same ten of 1024, each as
-its own library runs it. llm-compressor needs an environment of its own (transformers 5.15 to 5.17)
-from which this package can be imported. Every peer must have changed the model. Exit code 1 if one
-of ours is more than 1 % worse than the peer beside it.
+All calibrate on the same 64 windows of 512 tokens, with the settings of the peer, and are scored on
+the same ten of 1024, each as its own library runs it. llm-compressor needs an environment of its
+own (transformers 5.15 to 5.17) from which this package can be imported. Every peer must have
+changed the model. Exit code 1 if one of ours is more than 1 % worse than the peer beside it.
 """
 
 import argparse
