@@ -90,7 +90,8 @@ def build(request: Request, folder: Path, out: Path, progress: Progress) -> Buil
             raise RuntimeError(f"TensorRT refuses profile '{name}': {logger.said()}")
 
     def shown(phase: str, done: int, total: int) -> None:
-        memory.page_out(folder / DATA)  # what was read is in the engine by now
+        if done == total - 1:  # what was read is in the engine by now, which is written next
+            memory.page_out(folder / DATA)
         progress(phase, done, total)
 
     monitor = reporter(trt, shown)

@@ -512,6 +512,8 @@ def test_options_reach_the_builder(graph, run, rtx, monkeypatch):
     stage = TensorRT(target="sm89", flags=["weight_streaming"], workspace_mb=64, max_batch=2,
                      attention="lower_right")  # fmt: skip
     monkeypatch.setattr(plan, "reporter", _recording(plan.reporter, steps))
+    let_go = []
+    monkeypatch.setattr(plan.memory, "page_out", let_go.append)
     made = out(stage, source)
     assert {"WEIGHT_STREAMING", "TF32"} == configs[1]
     assert configs[2:] == ["SM89", 64_000_000]
@@ -519,10 +521,14 @@ def test_options_reach_the_builder(graph, run, rtx, monkeypatch):
     assert about(made.path)["attention"] == "lower_right"
     assert about(made.path)["profiles"]["decode"]["input_ids"] == [[1, 1], [1, 1], [2, 1]]
     assert steps and all(0 < done <= total for _, done, total in steps)
+    assert let_go == [made.path / tensorrt.DATA]
 
 
 def _recording(reporter, steps):
-    return lambda trt, progress: reporter(trt, lambda *step: steps.append(step))
+    def record(trt, progress):
+        return reporter(trt, lambda *step: (steps.append(step), progress(*step)))
+
+    return record
 
 
 def test_ctrl_c_ends_the_build(graph, run, rtx, monkeypatch):
