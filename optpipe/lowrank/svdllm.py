@@ -85,7 +85,9 @@ class SvdLlm(Factorize):
     allocation: str = ALLOCATOR
     """'allocator': ``keep`` is the share of all layers together, spent where it lowers the loss of
     the model most, so that small and sensitive ones, such as the keys and values of grouped
-    queries, may stay whole; 'uniform': every layer keeps that share."""
+    queries, may stay whole; 'uniform': every layer keeps that share. Perplexity of the bundled
+    model at 0.8: o_proj and up_proj +6.8 % instead of +12.7 %, all layers +39 % instead of +90 %,
+    where every v_proj stays whole."""
     refit: bool = False
     """Solve for the left factor once more, so that it makes up for what earlier blocks lost. Of no
     use to the bundled model: perplexity +13.7 % with and without where o_proj and up_proj keep
