@@ -62,9 +62,14 @@ def numbers(codes: Tensor, number: str) -> Tensor:
     return (halves * 0.5).copysign_(7.5 - codes.float())
 
 
+def over(x: Tensor, number: float) -> Tensor:
+    """x / number, correctly rounded: a GPU multiplies with the reciprocal of a number of the host."""
+    return x / x.new_full((), number)
+
+
 def global_scale(largest: Tensor) -> Tensor:
     """The float32 of a tensor in nvfp4, (), from its largest magnitude."""
-    scale = largest.float() / (FP4_TOP * FP8_TOP)
+    scale = over(largest.float(), FP4_TOP * FP8_TOP)
     return torch.where(scale > 0, scale, 1.0)
 
 
@@ -74,12 +79,12 @@ def block_scales(largest: Tensor, number: str, whole: Tensor | None) -> Tensor:
     A block of zeros has scale one.
     """
     if number == "mxfp8":
-        fraction, exponent = torch.frexp(largest.float() / FP8_TOP)
+        fraction, exponent = torch.frexp(over(largest.float(), FP8_TOP))
         exponent = (exponent - (fraction == 0.5).int()).clamp(-127, 127)
         exponent = torch.where(largest > 0, exponent, 0)
         return (exponent + 127).to(torch.uint8).view(SCALE[number])
     assert whole is not None
-    scales = largest.float() / (FP4_TOP * whole)
+    scales = largest.float() / (FP4_TOP * whole.to(largest.device))
     scales = torch.where(scales > 0, scales, 1.0)
     return scales.clamp(LEAST_FP8, FP8_TOP).to(FP8)
 

@@ -24,7 +24,12 @@ SETTINGS = {
     "VLLM_USE_FLASHINFER_SAMPLER": "0",  # would be compiled at the first token
     "VLLM_NO_USAGE_STATS": "1",  # it would call home
 }
-OFFLINE = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # no process between us and the engine
+OFFLINE = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # no process between us and the engine
+    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # see ROOM
+}
+ROOM = 1
+"""It tells log-probabilities of a full window only with a token after it, which it never reads."""
 
 
 class Vllm(Paged):
@@ -40,7 +45,7 @@ class Vllm(Paged):
             model=str(artifact.path),
             skip_tokenizer_init=True,
             dtype=self.dtype,
-            max_model_len=self.capacity,
+            max_model_len=self.capacity + ROOM,
             kv_cache_memory_bytes=kv_bytes(checkpoint),
             gpu_memory_utilization=_share(artifact),
             enable_prefix_caching=False,

@@ -38,13 +38,15 @@ class Flat:
 class Engine:
     """Steps all streams by a token; a prompt of more than eight tokens takes two steps."""
 
-    def __init__(self):
+    def __init__(self, limit):
+        self.limit = limit
         self.live, self.prompts, self.steps = {}, 0, 0
 
     def add_request(self, name, prompt, params):
         assert name not in self.live
         self.prompts += 1
         row = prompt["prompt_token_ids"]
+        assert len(row) + 1 <= self.limit, "as vLLM's _validate_prompt_len"
         self.live[name] = [row, params, len(row) > 8, params["max_tokens"]]
 
     def abort_request(self, names):
@@ -84,7 +86,7 @@ def opened(monkeypatch, tiny):
 
     def make(**arguments):
         given.update(arguments)
-        return SimpleNamespace(llm_engine=Engine())
+        return SimpleNamespace(llm_engine=Engine(arguments["max_model_len"]))
 
     package, params = ModuleType("vllm"), ModuleType("vllm.sampling_params")
     package.LLM, package.SamplingParams = make, dict
@@ -124,6 +126,12 @@ def test_a_token_that_the_engine_did_not_choose_becomes_a_prompt(opened):
     assert backend._engine.prompts == 4 and len(backend._engine.live) == 2
 
 
+def test_a_window_that_fills_the_model_is_scored(opened):
+    backend, _ = opened
+    ids = np.resize(np.arange(3, 9), (1, backend.capacity))
+    assert backend.score(ids).shape == (1, backend.capacity, VOCAB)
+
+
 def test_a_long_prompt_that_takes_two_steps_is_waited_for(opened):
     backend, _ = opened
     ids = np.arange(20).reshape(1, 20)
@@ -148,7 +156,7 @@ def test_the_cache_is_capped_for_all_alike(opened):
     _, given = opened
     # 3 blocks, 2 heads of 16 dimensions for keys and as many for values, 2 bytes
     assert given["kv_cache_memory_bytes"] == 3 * 2 * 16 * 2 * 2 * paged.KV_TOKENS
-    assert given["max_model_len"] == 128 and given["enable_prefix_caching"] is False
+    assert given["max_model_len"] == 129 and given["enable_prefix_caching"] is False
 
 
 def test_without_the_package_or_a_gpu_it_says_so(tiny, monkeypatch):
