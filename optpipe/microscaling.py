@@ -63,7 +63,7 @@ def numbers(codes: Tensor, number: str) -> Tensor:
 
 
 def over(x: Tensor, number: float) -> Tensor:
-    """x / number, correctly rounded: a GPU multiplies with the reciprocal of a number of the host."""
+    """x / number, correctly rounded: by a number of the host, a GPU multiplies with 1 / number."""
     return x / x.new_full((), number)
 
 
