@@ -193,6 +193,7 @@ CACHE = {number: KvCache(number=number, calib=CALIB) for number in ("int8", "fp8
     ([CACHE["fp8"], TrtllmLegacy()], "no scales of a KV cache"),
     ([CACHE["fp8"], Gguf()], "leave the cache stage out"),
     ([Onnx(capacity=64), TensorRT(max_prompt=65)], r"max_prompt 65 exceeds export\.capacity 64"),
+    ([Onnx(dtype="bfloat16"), TensorRT(target="sm75")], r"bfloat16 begins with sm80, not sm75"),
     ([Onnx(), TensorRT(max_prompt=129)], r"max_prompt 129 exceeds export\.capacity 128"),
     ([Onnx(dtype="bfloat16"), Ort()], "multiplies no bfloat16"),
 ])  # fmt: skip

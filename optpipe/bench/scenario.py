@@ -82,6 +82,14 @@ class Serving:
             raise InputError(f"sigma={self.sigma}: at least 0 is needed")
         if not (self.scale.time > 0 and self.scale.length > 0):
             raise InputError(f"scale={self.scale}: both must be above 0")
+        self._check_read()
+
+    def _check_read(self) -> None:
+        """Raise InputError for what these arrivals would not read."""
+        if self.rate_per_s is not None and self.arrivals in ("closed", "trace"):
+            raise InputError(f"rate_per_s={self.rate_per_s}: arrivals={self.arrivals} has its own")
+        if self.trace is not None and self.arrivals != "trace":
+            raise InputError(f"trace={self.trace}: read by arrivals=trace, not {self.arrivals}")
 
     @property
     def trace_file(self) -> Path:

@@ -27,12 +27,17 @@ def crossover(cells: Sequence[Mapping[str, Any]]) -> Entry:
         return {"scenario": None, "batch": None, "reason": "no scenario has two batch sizes",
                 "reasons": {"scenario": "no sweep", "batch": "no sweep"}}  # fmt: skip
     found: Entry = {"scenario": sweep[0]["scenario"], "batch": None, "reasons": {}}
-    for cell in sorted(sweep, key=lambda cell: int(cell["batch"])):
-        ci = cell["speedup"]["tokens_per_s"]["ci"]
-        if ci is not None and ci[1] < 1:
+    told = [c for c in sorted(sweep, key=lambda c: int(c["batch"])) if _interval(c) is not None]
+    slower = [_interval(cell)[1] < 1 for cell in told]
+    for at, cell in enumerate(told):
+        if all(slower[at:]):
             return {**found, "batch": cell["batch"], "reason": "tokens/s: slower from here on"}
     why = f"tokens/s: not shown to be slower at any batch of {batches}"
     return {**found, "reason": why, "reasons": {"batch": why}}
+
+
+def _interval(cell: Mapping[str, Any]) -> Any:
+    return cell["speedup"]["tokens_per_s"]["ci"]
 
 
 def recommendation(artifacts: Sequence[Mapping[str, Any]]) -> list[Entry]:

@@ -30,6 +30,7 @@ EXTRA = {FULL: "tensorrt", RTX: "tensorrt-rtx"}
 TARGETS = ("current", "sm75", "sm80", "sm86", "sm89", "sm90", "sm100", "sm120", "sm121")
 FIRST = {"fp8": 89, "mxfp8": 89, "nvfp4": 100}
 """The first compute capability that a plan with weights in these numbers is built for."""
+BFLOAT16 = 80
 FLAGS = ("weight_streaming", "refit", "version_compatible", "ampere_plus")
 PORTABLE = "sm80, sm86, sm89, sm120 and later"
 PORTABLE_FP8 = "sm89, sm120 and later"
@@ -163,6 +164,13 @@ def portable(graph: GraphProto) -> str:
     if TensorProto.FLOAT4E2M1 in types:
         return PORTABLE_FP4
     return PORTABLE_FP8 if TensorProto.FLOAT8E4M3FN in types else PORTABLE
+
+
+def refuse_floats(dtype: str, target: str | None) -> str | None:
+    """Why a GPU computes nothing in these floats, if it does not."""
+    if target and dtype == "bfloat16" and capability(target) < BFLOAT16:
+        return f"bfloat16 begins with sm{BFLOAT16}, not {target}; use export.dtype=float16"
+    return None
 
 
 def refuse_layers(layers: Layers, target: str | None) -> str | None:

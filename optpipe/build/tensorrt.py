@@ -98,10 +98,14 @@ class TensorRT(Stage):
         for stage in earlier:
             if isinstance(stage, Onnx):
                 self._check_prompt(stage.tokens(model))
+                if why := nvidia.refuse_floats(stage.dtype, self._oldest_gpu()):
+                    raise InputError(why)
 
     def inputs(self, model: Checkpoint) -> list[str | None]:
         if self.timing_cache is not None and not Path(self.timing_cache).parent.is_dir():
             raise InputError(f"timing_cache: there is no folder for '{self.timing_cache}'")
+        if self.timing_cache is not None and Path(self.timing_cache).is_dir():
+            raise InputError(f"timing_cache: '{self.timing_cache}' is a folder, name a file")
         if self.attention != "mask" and (why := causal.refuse(model.decoder)) is not None:
             raise InputError(f"attention '{self.attention}': {why}; use attention=mask")
         package, why = self._package()

@@ -80,7 +80,10 @@ class Gguf(Stage):
         self.follow([], checkpoint)
         arch = llamacpp.ARCHITECTURES[checkpoint.decoder.family]
         writer = gguf.GGUFWriter(out / FILE, arch, use_temp_file=True)
-        llamacpp.describe(checkpoint, writer)
+        bits = [form.bits for form in (checkpoint.forms or {}).values() if form.bits]
+        plain = "F16" if self.dtype == "float16" else "BF16"
+        kind = f"Q{min(bits)}_0" if bits else plain
+        llamacpp.describe(checkpoint, writer, kind)
         names = parameters(checkpoint)
         for index, name in enumerate(names):
             progress(name, index, len(names))

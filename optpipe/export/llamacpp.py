@@ -65,13 +65,13 @@ def check(checkpoint: Checkpoint) -> None:
         _vocabulary(checkpoint.path)
 
 
-def describe(checkpoint: Checkpoint, writer: Any) -> None:
-    """Put all of that into the file, tensors aside."""
+def describe(checkpoint: Checkpoint, writer: Any, kind: str) -> None:
+    """Put all of that into the file, tensors aside; most of them are ``kind``, as 'Q4_0'."""
     import gguf
 
     decoder, windows = checkpoint.decoder, [b.window for b in checkpoint.decoder.blocks]
     writer.add_name(decoder.family)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(decoder.vocab)
     writer.add_context_length(decoder.context)

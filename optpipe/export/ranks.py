@@ -15,7 +15,6 @@ from transformers import AutoConfig
 
 from optpipe import model
 from optpipe.checkpoint import Checkpoint
-from optpipe.errors import InputError
 from optpipe.export import trtllm
 from optpipe.export.unpack import scaled, signed
 from optpipe.family import Decoder, describe
@@ -62,9 +61,7 @@ class Shard:
         pad = (0, 0, 0, padding(decoder, trtllm.common_algorithm(layers)))
         embedding = functional.pad(self._float(f"{decoder.embed}.weight"), pad)
         head = model.layer(decoder.head, self.checkpoint.forms or {}, self.checkpoint)
-        if isinstance(head, Quantized):
-            raise InputError("trtllm_legacy keeps the output projection unquantized; head=false")
-        assert isinstance(head, nn.Linear)
+        assert isinstance(head, nn.Linear) and not isinstance(head, Quantized)
         projection = functional.pad(head.weight.to(self.dtype), pad)
         return {
             "transformer.vocab_embedding.weight": embedding.chunk(self.ranks)[self.rank].clone(),

@@ -9,7 +9,7 @@ columns. Weights and scales of a layer are as in :mod:`optpipe.export.trtllm`, u
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -66,11 +66,8 @@ class TrtllmLegacy(Stage):
                         f"{self.tensor_parallel} ranks get {part} inputs of '{name}' each, which "
                         f"groups of {form.group_size} do not divide"
                     )
-        if (algorithm := told.get("quant_algo")) in (
-            trtllm.FP4,
-            trtllm.FP4_WEIGHTS,
-            trtllm.INT4_FP8,
-        ):
+        trtllm.check_head(layers)
+        if (algorithm := told.get("quant_algo")) in NEWER:
             raise ValueError(f"export=trtllm_legacy writes no {algorithm}; export=trtllm does")
         if algorithm == trtllm.FP8_TOKEN:
             raise ValueError("trtllm-build took fp8 by layer (group_size=0), not by channel")
@@ -146,11 +143,16 @@ class TrtllmLegacy(Stage):
 def _family_settings(checkpoint: Checkpoint) -> dict[str, Any]:
     """Rotation and biases; 'qwen_type' is how TensorRT-LLM tells the generations of Qwen apart."""
     decoder = checkpoint.decoder
-    biased = any(
-        f"{name}.bias" in checkpoint.files for block in decoder.blocks for name in block.qkv
-    )
+
+    def biased(names: Iterable[str]) -> bool:
+        return any(f"{name}.bias" in checkpoint.files for name in names)
+
+    attention = biased(name for block in decoder.blocks for name in block.qkv)
+    mlp = biased(name for block in decoder.blocks for name in (*block.mlp_in, block.mlp_out))
     rope = dict(checkpoint.config.rope_parameters)
-    found: dict[str, Any] = {"rotary_base": rope.pop("rope_theta"), "attn_bias": biased}
+    found: dict[str, Any] = {"rotary_base": rope.pop("rope_theta"), "attn_bias": attention}
+    if mlp:  # it drops biases that no setting names
+        found["mlp_bias"] = True
     kind = rope.get("rope_type", "default")
     if kind != "default":
         found["rotary_scaling"] = {**rope, "type": kind}

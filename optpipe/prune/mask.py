@@ -156,7 +156,7 @@ class Prune(Stage):
         facts = observation.facts if observation else {}
         if len(set(shares.values())) > 1:
             facts = {"sparsities": shares, **facts}
-        return {"sparsity": sparsity(gone, checkpoint), **facts}
+        return {"sparsity": sparsity(gone, checkpoint), "pattern": self.pattern, **facts}
 
 
 def sparsity(gone: int, checkpoint: Checkpoint) -> float:

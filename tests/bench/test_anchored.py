@@ -23,7 +23,7 @@ def test_the_probe_is_work():
 
 
 @pytest.fixture
-def alternating(arm, monkeypatch):
+def alternating(arm, monkeypatch, request):
     """Two arms, never resident together, on a machine whose speed doubles half-way through."""
     monkeypatch.setattr(blocks.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(timing, "TURN_S", 0.0)
@@ -43,7 +43,7 @@ def alternating(arm, monkeypatch):
         sessions=[["baseline"], ["big"]],
         left_out={},
         anchored={"big"},
-        bench=BenchConfig(warmup_s=0.0),
+        bench=BenchConfig(warmup_s=0.0, **getattr(request, "param", {})),
         measured=Measured(scenarios=SCENARIOS),
     )
 
@@ -76,3 +76,11 @@ def test_what_the_machine_became_in_between_cancels_and_no_verdict_is_drawn(alte
     assert found["run"]["design"]["anchored"] == ["big"]
     probes = {s.probe_s for s in outcome.measured.samples if s.reason is None}
     assert np.allclose(sorted(probes), [0.01, 0.02])
+
+
+@pytest.mark.parametrize("alternating", [{"budget_s": 1e-9}], indirect=True)
+def test_the_time_budget_ends_it_and_the_arm_is_judged_all_the_same(alternating):
+    outcome, loads, judged = alternating
+    assert loads == ["baseline", "big", "big"] and judged == [["big"]]
+    [why] = outcome.measured.stopped.values()
+    assert why == "the time budget (bench.budget_s=1e-09) ended it after 1 of 8 pairs"

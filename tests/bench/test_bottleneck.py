@@ -123,6 +123,23 @@ def test_every_cell_gets_a_class_by_three_votes_and_remedies_that_came_true_or_n
     assert report["run"]["ceilings"]["cpu"]["int8"]["flops_per_s"] == 4e12
 
 
+@pytest.mark.parametrize(
+    ("stage", "stats", "name"),
+    [
+        ("prune", {"sparsity": 0.2, "pattern": "row"}, None),
+        ("prune", {"sparsity": 0.5, "pattern": "2:4"}, "2:4 pruning with a sparse kernel"),
+        ("structure", {"bits": 4}, None),
+        ("quant", {"bits": 4}, "int4 weights"),
+    ],
+)
+def test_only_what_a_stage_did_alone_is_credited_to_it(report, stage, stats, name):
+    made = report["artifacts"][1]
+    made["lineage"], made["stats"] = [stage], stats
+    base, *_ = attached(report)
+    remedies = base["phase"]["decode"]["remedies"]
+    assert [r["name"] for r in remedies if r["artifact"] == "quant"] == ([name] if name else [])
+
+
 def report_time(report, name):
     return next(a for a in report["artifacts"] if a["name"] == name)["cells"][0]["tpot_s"]
 

@@ -44,6 +44,9 @@ def runs(tmp_path):
     return make
 
 
+MACHINE = reports.report()["run"]["machine"]
+
+
 def call(capsys, *arguments):
     code = command.main([str(argument) for argument in arguments])
     return code, *capsys.readouterr()
@@ -75,7 +78,11 @@ def test_within_one_environment_ratios_and_intervals_are_held_against_each_other
     [
         ({"threads": 4}, "threads"),
         ({"versions": {"optpipe": "0.1.0", "torch": "2.14.0"}}, "torch"),
-        ({"machine": {**reports.report()["run"]["machine"], "cpu": "other"}}, "machine.cpu"),
+        ({"machine": {**MACHINE, "cpu": "other"}}, "machine.cpu"),
+        ({"machine": {**MACHINE, "governor": "powersave"}}, "machine.governor"),
+        ({"machine": {**MACHINE, "environment": {"OMP_NUM_THREADS": "1"}}}, "machine.environment"),
+        ({"machine": {**MACHINE, "gpus": [{"name": "a", "driver": "1"}]}}, "machine.gpus"),
+        ({"seed": 7}, "seed"),
     ],
 )
 def test_across_environments_there_is_no_verdict(runs, capsys, changes, named):

@@ -167,6 +167,8 @@ def test_a_prompt_file_that_is_not_there():
     ("fields", "message"),
     [
         ({"arrivals": "uniform"}, "arrivals=uniform: one of poisson, burst, closed, trace"),
+        ({"arrivals": "closed", "rate_per_s": 5.0}, "rate_per_s=5.0: arrivals=closed has its own"),
+        ({"trace": "t.jsonl"}, "trace=t.jsonl: read by arrivals=trace, not poisson"),
         ({"rate_per_s": 0.0}, "rate_per_s=0.0"),
         ({"shape": 0.0}, "shape=0.0"),
         ({"requests": 0}, "requests=0"),

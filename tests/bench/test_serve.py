@@ -333,7 +333,7 @@ def test_a_search_that_the_budget_ended_says_so(local, monkeypatch):
         number=0, workers={"baseline": worker}, loaded={"baseline": worker.loaded}, budget_s=0.0
     )
     measure(session, [CELL], BenchConfig(blocks=1, warmup_s=0), found, lambda *_: None)
-    said = "the time budget (bench.budget_s=120) ended the search after 1 of at most 6 rates"
+    said = "the time budget (bench.budget_s=120) ended the search after 1 of at most 20 rates"
     assert found.hurried == {CELL: said}
     timed = [sample for sample in found.samples if sample.reason is None]
     if found.rates[CELL] is None:

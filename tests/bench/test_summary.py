@@ -21,6 +21,8 @@ def test_the_crossover_is_the_first_batch_that_is_clearly_slower():
     assert (found["scenario"], found["batch"]) == ("batch", 4)
     found = crossover([cell(1, 1.2, 1.4), cell(2, 0.9, 1.1)])
     assert found["batch"] is None and "not shown to be slower" in found["reason"]
+    dip = [cell(1, 0.97, 0.99), cell(4, 1.2, 1.3), cell(16, 1.4, 1.5)]
+    assert crossover(dip)["batch"] is None  # slower at one batch, not from it on
     assert crossover([cell(1, 1.2, 1.4)])["reason"] == "no scenario has two batch sizes"
     assert crossover([])["batch"] is None
 

@@ -51,6 +51,8 @@ def test_codes_come_back_bit_by_bit(family, run, half):
         reader = gguf.GGUFReader(made.path / FILE)
         kinds = {t.tensor_type.name for t in reader.tensors}
         assert kinds == {f"Q{bits}_0", "F16", "F32"}
+        told = reader.fields["general.file_type"].parts[-1][0]
+        assert told == gguf.LlamaFileType[f"MOSTLY_Q{bits}_0"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

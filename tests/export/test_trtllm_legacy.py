@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from optpipe.artifact import Artifact
+from optpipe.calibrate import Calib
 from optpipe.checkpoint import Checkpoint
 from optpipe.errors import GateError, InputError
 from optpipe.export.ranks import join, shares
@@ -21,6 +22,7 @@ from optpipe.linear import PER_CHANNEL, PER_TENSOR, Form, Quantized
 from optpipe.microscaling import to_fp8
 from optpipe.prune.magnitude import Magnitude
 from optpipe.quant.rtn import Rtn
+from optpipe.structure.width import Width
 
 HERE = Path(__file__).parent
 RECORDED = json.loads((HERE / "modelopt_reference.json").read_text())
@@ -163,6 +165,18 @@ def test_what_cannot_be_split_is_refused(tiny):
     odd.decoder = replace(odd.decoder, vocab=289)
     with pytest.raises(InputError, match="vocab 289"):
         TrtllmLegacy(tensor_parallel=2).inputs(odd)
+
+
+def test_biases_are_named_in_the_config(run, half):
+    """TensorRT-LLM drops those that no setting names."""
+
+    def settings(artifact):
+        return json.loads((artifact.path / "config.json").read_text())
+
+    few = Calib(source="random", samples=8, tokens=64)
+    cut = Width(mlp=0.34, heads=0.0, multiple=32, compensation="bias", calib=few)
+    assert settings(run(TrtllmLegacy(), run(cut, half())))["mlp_bias"] is True
+    assert "mlp_bias" not in settings(run(TrtllmLegacy(), half()))
 
 
 def test_two_four_sparsity_is_built_for(run, half):

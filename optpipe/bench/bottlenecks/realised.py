@@ -15,6 +15,8 @@ TIMES = {"prefill": "prefill_s", "decode": "tpot_s"}
 """Phase -> the metric of a cell that times one step of it."""
 ENGINE = "ort"
 """The format of artifacts that were built for one runtime."""
+MARKED = {"prune", "lowrank", "quant", "export", "build"}
+"""Stages whose figures or format say what they did; others are no remedy that is listed."""
 NO_ARTIFACT = "no later artifact of this run is this one with this remedy alone"
 NO_RATIO = "no paired ratio, or nothing was promised"
 
@@ -102,5 +104,7 @@ def _done(where: Place, later: Entry) -> set[str]:
     for stage in (a for a in made if a is later or later in _after(where, a)):
         stats = stage["stats"]
         done |= {f"bits {stats['bits']}"} if "bits" in stats else set()
-        done |= {name for name in ("ranks", "sparsity") if stats.get(name)}
+        done |= {"ranks"} if stats.get("ranks") else set()
+        done |= {f"pattern {stats.get('pattern')}"} if stats.get("sparsity") else set()
+        done |= {stage["lineage"][-1]} - MARKED
     return done

@@ -109,7 +109,7 @@ def _weights(bound: Bound) -> Iterator[Remedy]:
             name="2:4 pruning with a sparse kernel",
             why=why,
             predicted=bound.faster(pruned),
-            does="sparsity",
+            does="pattern 2:4",
         )
     twice = scaled(bound.cost, kv=2, activations=2, flops=2)
     yield Remedy(name="twice the batch", why="the same weights serve more rows",

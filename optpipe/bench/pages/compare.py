@@ -14,6 +14,9 @@ from optpipe.bench.pages.view import METRICS, interval, number, where
 Report = Mapping[str, Any]
 SPEEDS = ("ttft_s", "tpot_s", "e2e_s", "tokens_per_s")
 POINT = ("scenario", "batch", "prompt_tokens", "new_tokens")
+MACHINE = ("cpu", "cores_usable", "container_cores", "container_bytes", "governor", "max_mhz",
+           "isa", "memory_bytes", "os", "python", "environment")  # fmt: skip
+GPU = ("name", "driver", "sm_max_mhz", "memory_max_mhz", "power_limit_w", "mig")
 NOT_INTERLEAVED = (
     "not interleaved: the two runs came one after the other, so a ratio of times holds the drift "
     "of the machine too; put both artifacts into one run for a verdict"
@@ -50,13 +53,13 @@ def differences(before: Report, after: Report) -> list[str]:
     """What about the environment of the two runs is not the same."""
     left, right = before["run"], after["run"]
     found = [
-        f"machine.{key}"
-        for key in ("cpu", "cores_usable", "isa", "memory_bytes", "os")
-        if left["machine"].get(key) != right["machine"].get(key)
+        f"machine.{key}" for key in MACHINE if left["machine"].get(key) != right["machine"].get(key)
     ]
+    found += ["machine.gpus"] if _gpus(left) != _gpus(right) else []
     names = sorted({*left["versions"], *right["versions"]})
     found += [n for n in names if left["versions"].get(n) != right["versions"].get(n)]
-    found += [key for key in ("threads",) if left[key] != right[key]]
+    found += [key for key in ("threads", "seed") if left[key] != right[key]]
+    found += ["prompts"] if _prompts(left) != _prompts(right) else []
     shared = sorted(left["scenarios"].keys() & right["scenarios"].keys())
     found += [f"scenario.{n}" for n in shared if left["scenarios"][n] != right["scenarios"][n]]
     old = {artifact["name"]: artifact for artifact in before["artifacts"]}
@@ -67,6 +70,15 @@ def differences(before: Report, after: Report) -> list[str]:
         for key in ("device", "dtype", "decoding")
         if key in a and key in new and a[key] != new[key]  # older reports do not say how
     ]
+
+
+def _gpus(run: Report) -> object:
+    """What of the GPUs does not change by itself."""
+    return [{key: gpu.get(key) for key in GPU} for gpu in run["machine"].get("gpus") or []]
+
+
+def _prompts(run: Report) -> object:
+    return [(tuple(p[key] for key in POINT), p["ids_hash"]) for p in run["design"]["prompts"]]
 
 
 def _text(report: Report) -> object:

@@ -16,7 +16,8 @@ from optpipe.bench.serving.feeds import Ask
 from optpipe.bench.serving.serve import Serve, Served
 from optpipe.bench.timed.samples import Measured, Sample
 
-SEARCH_STEPS = 6
+SEARCH_STEPS = 20
+"""More than a search from any sane guess takes; the time budget ends others, and says so."""
 CLOSE = 1.1
 """The search for a rate ends when it is known within this factor."""
 Answer = tuple[int, Any, int]

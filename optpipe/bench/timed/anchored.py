@@ -20,7 +20,7 @@ from optpipe.bench.timed.timing import WARM, Timer
 from optpipe.stage import Progress
 
 PAIRS = 8
-"""The fewest that have an interval at every level a run may ask for."""
+"""Enough for an interval at every level that a run with up to eight looks asks for."""
 PROBE_VALUES = 4_000_000
 PROBE_ROWS = 384
 
@@ -43,17 +43,31 @@ class Alternation:
         """Load each arm in turn and time all cells; samples are added to the outcome."""
         residences = schedule(self.outcome.baseline, self.name, PAIRS)
         last = max(i for i, (name, _) in enumerate(residences) if name == self.name)
+        end_s = time.monotonic() + self.outcome.bench.budget_s
         for index, (name, blocks) in enumerate(residences):
+            if index > 1 and time.monotonic() > end_s:  # one pair there always is
+                self._explain(blocks[0])
+                if name != self.name:
+                    continue
+                last, blocks = index, []  # loaded once more, to be judged
             arm = next(arm for arm in self.outcome.arms if arm.name == name)
             with self.reside([arm], self.progress) as residents:
                 self.outcome.broken |= residents.broken
                 if residents.broken or name in self.outcome.measured.dead:
                     return
                 self.outcome.loaded |= residents.loaded
-                for cell in self.outcome.cells:
+                for cell in self.outcome.cells if blocks else ():
                     self._cell(self._timer(cell, residents), blocks)
                 if index == last:
                     self.judge(residents)
+            if not blocks:
+                return
+
+    def _explain(self, pairs: int) -> None:
+        """Why there are fewer pairs than wanted."""
+        why = f"(bench.budget_s={self.outcome.bench.budget_s:g}) ended it after {pairs} of {PAIRS}"
+        for cell in self.outcome.cells:
+            self.outcome.measured.stopped.setdefault(cell, f"the time budget {why} pairs")
 
     def _timer(self, cell: Cell, residents: Residents) -> Timer:
         session = Session(
