@@ -37,6 +37,13 @@ def check_dtype(dtype: str) -> None:
         raise ValueError(f"dtype must be one of {[*DTYPES]}, got '{dtype}'")
 
 
+def check_head(layers: Layers) -> None:
+    """Raise ValueError if the output projection is quantized: TensorRT-LLM's takes no scales."""
+    for name, form in layers.items():
+        if name.endswith("lm_head") and form.bits is not None:
+            raise ValueError(f"TensorRT-LLM reads no quantized '{name}'; quantize with head=false")
+
+
 def check_layers(
     layers: Layers, runtime: str, scheme: Callable[[Form], object], sparse: bool = False
 ) -> None:

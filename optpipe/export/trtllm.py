@@ -23,7 +23,7 @@ in NVFP4 they are given one global scale here, for which scales of blocks are ro
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -46,6 +46,7 @@ from optpipe.export.folder import (
     block_scales,
     check_cache,
     check_dtype,
+    check_head,
     check_layers,
     global_scales,
     shared,
@@ -84,22 +85,6 @@ exec trtllm-bench --model optpipe --model_path "$here" throughput --backend pyto
 """
 
 
-def check_head(layers: Layers) -> None:
-    """Raise ValueError if the output projection is quantized: TensorRT-LLM's takes no scales."""
-    for name, form in layers.items():
-        if name.endswith("lm_head") and form.bits is not None:
-            raise ValueError(f"TensorRT-LLM reads no quantized '{name}'; quantize with head=false")
-
-
-def _check_fused(layers: Layers, told: Mapping[str, Any] | None) -> None:
-    """Its Phi-3 cuts a fused projection by its rows of floats, and scales only one a layer."""
-    fused = next((name for name in layers if name.endswith(".qkv_proj")), None)
-    if fused and told and told["quant_algo"] != FP8:
-        raise ValueError(
-            f"TensorRT-LLM splits '{fused}' right only as floats or {FP8}, got {told['quant_algo']}"
-        )
-
-
 @dataclass(frozen=True, kw_only=True)
 class Trtllm(Stage):
     """Write the checkpoint, and commands that serve and measure it."""
@@ -116,7 +101,10 @@ class Trtllm(Stage):
     def plan(self, layers: Layers) -> Layers:
         check_layers(layers, "TensorRT-LLM", algorithm)
         check_head(layers)
-        _check_fused(layers, common_algorithm(layers))
+        told = common_algorithm(layers) or {"quant_algo": FP8}
+        if told["quant_algo"] != FP8 and any(name.endswith(".qkv_proj") for name in layers):
+            # its Phi-3 cuts the rows of floats, and knows only scales of whole layers
+            raise ValueError(f"TensorRT-LLM splits no fused qkv_proj of {told['quant_algo']}")
         return layers
 
     def inputs(self, model: Checkpoint) -> None:

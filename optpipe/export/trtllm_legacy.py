@@ -22,7 +22,7 @@ from optpipe.cache.static import number_after
 from optpipe.checkpoint import Checkpoint, copy_side_files
 from optpipe.errors import InputError
 from optpipe.export import trtllm
-from optpipe.export.folder import DTYPES, check_dtype, check_layers, write_json
+from optpipe.export.folder import DTYPES, check_dtype, check_head, check_layers, write_json
 from optpipe.export.ranks import Shard, padding
 from optpipe.linear import Layers
 from optpipe.stage import Progress, Stage
@@ -66,7 +66,7 @@ class TrtllmLegacy(Stage):
                         f"{self.tensor_parallel} ranks get {part} inputs of '{name}' each, which "
                         f"groups of {form.group_size} do not divide"
                     )
-        trtllm.check_head(layers)
+        check_head(layers)
         if (algorithm := told.get("quant_algo")) in NEWER:
             raise ValueError(f"export=trtllm_legacy writes no {algorithm}; export=trtllm does")
         if algorithm == trtllm.FP8_TOKEN:
