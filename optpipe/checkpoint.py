@@ -156,6 +156,10 @@ class Checkpoint:
         tensor: Tensor = self._open[file].get_tensor(name.removeprefix(self._prefix))
         return tensor
 
+    def let_go(self) -> None:
+        """Unmap the files: what was read of them counts as memory of this process until then."""
+        self._open.clear()
+
     def tensor(self, name: str) -> Tensor:
         """One tensor that must be there."""
         tensor = self.get(name)

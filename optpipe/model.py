@@ -58,7 +58,8 @@ def empty(config: Any) -> PreTrainedModel:
 
 
 def fill(lm: PreTrainedModel, block: str, checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
-    """Give one decoder block its weights; returns the block."""
+    """Give one decoder block its weights; returns the block. Lets go of what was read before."""
+    checkpoint.let_go()
     forms = checkpoint.forms or {}
     module = lm.get_submodule(block)
     for name in _linears(module, block):

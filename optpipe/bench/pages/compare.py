@@ -59,7 +59,9 @@ def differences(before: Report, after: Report) -> list[str]:
     names = sorted({*left["versions"], *right["versions"]})
     found += [n for n in names if left["versions"].get(n) != right["versions"].get(n)]
     found += [key for key in ("threads", "seed") if left[key] != right[key]]
-    found += ["prompts"] if _prompts(left) != _prompts(right) else []
+    old_prompts, new_prompts = _prompts(left), _prompts(right)
+    asked = old_prompts.keys() & new_prompts.keys()
+    found += ["prompts"] if any(old_prompts[p] != new_prompts[p] for p in asked) else []
     shared = sorted(left["scenarios"].keys() & right["scenarios"].keys())
     found += [f"scenario.{n}" for n in shared if left["scenarios"][n] != right["scenarios"][n]]
     old = {artifact["name"]: artifact for artifact in before["artifacts"]}
@@ -77,8 +79,9 @@ def _gpus(run: Report) -> object:
     return [{key: gpu.get(key) for key in GPU} for gpu in run["machine"].get("gpus") or []]
 
 
-def _prompts(run: Report) -> object:
-    return [(tuple(p[key] for key in POINT), p["ids_hash"]) for p in run["design"]["prompts"]]
+def _prompts(run: Report) -> dict[tuple[object, ...], object]:
+    """What was asked at each point, as a hash."""
+    return {tuple(p[key] for key in POINT): p["ids_hash"] for p in run["design"]["prompts"]}
 
 
 def _text(report: Report) -> object:
