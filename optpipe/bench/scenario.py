@@ -20,6 +20,7 @@ from optpipe.errors import InputError
 from optpipe.stage import Limits
 
 ARRIVALS = ("poisson", "burst", "closed", "trace")
+MOST_SCALE = 1e6
 STRIDE = 1_000_003
 """Between the seeds of two prompts."""
 BUNDLED_TRACE = Path(__file__).resolve().parent / "serving" / "trace.jsonl"
@@ -80,8 +81,8 @@ class Serving:
             raise InputError(f"rate_per_s={self.rate_per_s}: above 0, or null to search for it")
         if not 0 <= self.sigma < math.inf:
             raise InputError(f"sigma={self.sigma}: at least 0 is needed")
-        if not (self.scale.time > 0 and self.scale.length > 0):
-            raise InputError(f"scale={self.scale}: both must be above 0")
+        if not all(0 < factor <= MOST_SCALE for factor in (self.scale.time, self.scale.length)):
+            raise InputError(f"scale={self.scale}: both above 0, at most {MOST_SCALE:g}")
         self._check_read()
 
     def _check_read(self) -> None:

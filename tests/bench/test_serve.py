@@ -11,7 +11,8 @@ from optpipe.bench.backend import Backend
 from optpipe.bench.scenario import Cell, Objective, Scenario, Serving, hash_ids
 from optpipe.bench.serving import load
 from optpipe.bench.serving.feeds import Arrived, Ask, Closed, Open
-from optpipe.bench.serving.load import Load, highest_rate
+from optpipe.bench.serving.live import UNANSWERED, request_of
+from optpipe.bench.serving.load import Load, highest_rate, search
 from optpipe.bench.serving.request import invalid, metrics
 from optpipe.bench.serving.serve import Serve, Served, serve
 from optpipe.bench.timed import blocks, checks
@@ -156,9 +157,19 @@ def test_an_engine_never_has_more_than_the_batch():
 def test_an_engine_drops_what_it_has_not_answered_in_time():
     engine = Engine(Virtual())
     found = served([ask(0, 2), ask(0, 9), ask(0, 9)], engine, max_batch=2, until_ns=50 * MS)
-    assert [one.error is None for one in found.requests] == [True, False, False]
+    assert [one.error for one in found.requests] == [None, UNANSWERED, UNANSWERED]
     assert not engine.left and invalid(found.requests, found.events) == []
     assert metrics(found.requests, LOOSE)["failed"] == 2
+
+
+@pytest.mark.parametrize(("tokens", "error"), [
+    (3, "3 tokens where 4 were asked for"), (4, None), (5, "5 tokens where 4 were asked for"),
+])  # fmt: skip
+def test_an_answer_of_another_length_says_so(tokens, error):
+    """T10: an early end is no lack of time."""
+    chunks = [(2_000 + n, 1) for n in range(tokens)]
+    found = request_of(Arrived(ask(0, 4), 1_000, 1_000), None, chunks, chunks[-1][0])
+    assert found.error == error
 
 
 def test_what_is_not_answered_in_time_has_failed():
@@ -170,10 +181,7 @@ def test_what_is_not_answered_in_time_has_failed():
 
     asks = [ask(0), ask(0, 10), ask(0)]
     found = serve(backend, Ends(asks, backend.clock), 1, 110 * MS, backend.clock)
-    assert [one.error for one in found.requests] == [
-        None,
-        *["not answered when the time was over"] * 2,
-    ]
+    assert [one.error for one in found.requests] == [None, UNANSWERED, UNANSWERED]
     assert [one.tokens for one in found.requests] == [1, 3, 0]
     block = metrics(found.requests, LOOSE)
     assert block["failed"] == 2 and block["good_share"] == pytest.approx(1 / 3)
@@ -287,6 +295,29 @@ def test_the_search_ends_just_below_the_highest_good_rate(start):
 
     found = highest_rate(share, start, 0.9, steps=12)
     assert 10 / 1.1 <= found <= 10 and found in tried
+
+
+def test_a_rate_that_only_lets_the_queue_grow_is_too_high():
+    """No limit but that of the queue: every request takes 50 ms, so 20 a second are all there is.
+
+    A block of 20 then takes 1 s; it has kept up if its arrivals take at least 0.95 / 1.1 s.
+    """
+    tried = {}
+
+    def run(command):
+        done = served(command.asks, Timed(Virtual(), 50))
+        rate = 19e9 / (command.asks[-1].at_ns - command.asks[0].at_ns or 1)  # that came about
+        tried[rate] = Served(
+            requests=tuple(done.requests), events=tuple(done.events), tokens=tuple(done.tokens),
+            objective=LOOSE, cpu_s=0.0, peak_bytes=None,
+        )  # fmt: skip
+        return tried[rate]
+
+    given = Serving(requests=20, objective=LOOSE)
+    load = Load(cell=Cell("server", 1, 2, 1), serving=given, vocab=VOCAB, seed=3, limit_s=5.0)
+    assert 10 < search(load, run) < 30
+    assert all(done.metrics["good_share"] == 1 for done in tried.values())
+    assert max(tried) > 19 / (0.95 / 1.1), "it tried higher ones"
 
 
 def test_a_rate_that_no_search_finds():

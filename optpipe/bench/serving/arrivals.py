@@ -25,6 +25,8 @@ Ints = NDArray[np.int64]
 BLOCK = 512
 """Prompt tokens that one hash id stands for."""
 NUMBERS = ("timestamp", "input_length", "output_length")
+MOST = 1e15
+"""Of any of them: JSON writes infinity as 1e400."""
 
 
 def times_s(rate_per_s: float, shape: float, count: int, rng: np.random.Generator) -> Floats:
@@ -103,9 +105,10 @@ def _row(line: int, found: Any, scale: Scale) -> Row:
     if not isinstance(found, dict):
         raise ValueError("not a JSON object")
     for name in NUMBERS:
-        value, least = found.get(name), 0 if name == "timestamp" else 1
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
-            raise ValueError(f"'{name}' must be a number of at least {least}, got {value!r}")
+        value: Any = found.get(name)
+        least = 0 if name == "timestamp" else 1
+        if type(value) not in (int, float) or not least <= value <= MOST:
+            raise ValueError(f"'{name}' must be a number from {least} to {MOST:g}, got {value!r}")
     hashes, prompt = found.get("hash_ids"), int(found["input_length"])
     if not isinstance(hashes, list) or not all(type(h) is int and h >= 0 for h in hashes):
         raise ValueError(f"'hash_ids' must be a list of whole numbers from 0, got {hashes!r}")

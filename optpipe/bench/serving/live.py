@@ -57,9 +57,9 @@ def request_of(
     end_ns: int,
     error: str | None = None,
 ) -> Request:
-    """Whole, or failed with this error."""
-    ask = arrived.ask
-    whole = sum(count for _, count in chunks) == ask.new_tokens
+    """Answered, or failed with this error; an answer of another length has failed, too."""
+    ask, count = arrived.ask, sum(count for _, count in chunks)
+    wrong = f"{count} tokens where {ask.new_tokens} were asked for"
     return Request(
         sched_ns=arrived.sched_ns,
         submit_ns=arrived.submit_ns,
@@ -68,5 +68,5 @@ def request_of(
         end_ns=end_ns,
         prompt_tokens=len(ask.ids_S),
         new_tokens=ask.new_tokens,
-        error=error or (None if whole else UNANSWERED),
+        error=error or (None if count == ask.new_tokens else wrong),
     )

@@ -20,7 +20,7 @@ from optpipe.bench.backend import Backend
 from optpipe.bench.scenario import Objective, hash_ids
 from optpipe.bench.serving import request
 from optpipe.bench.serving.feeds import Arrived, Ask, Closed, Feed, Open
-from optpipe.bench.serving.live import Answers, Live, request_of
+from optpipe.bench.serving.live import UNANSWERED, Answers, Live, request_of
 from optpipe.bench.serving.request import Request, Values
 from optpipe.bench.serving.streams import Streams, concurrent
 from optpipe.bench.timed.clock import Clock, Trace, greedy
@@ -59,8 +59,9 @@ def serve(
             feed.finished(len(batch))
     left, now = feed.close(), clock()
     for arrived in left:
-        found.requests.append(request_of(arrived, None, (), max(now, arrived.submit_ns)))
-        found.events.extend([(arrived.submit_ns, 1), (max(now, arrived.submit_ns), -1)])
+        end_ns = max(now, arrived.submit_ns)
+        found.requests.append(request_of(arrived, None, (), end_ns, UNANSWERED))
+        found.events.extend([(arrived.submit_ns, 1), (end_ns, -1)])
     return found
 
 
@@ -83,6 +84,7 @@ def _continuous(
                 live.pop(name).leave(found)
                 feed.finished(1)
     for rest in live.values():
+        rest.failed = clock(), UNANSWERED
         rest.leave(found)
     engine.drop()
 
@@ -100,7 +102,9 @@ def _batch(
     trace = greedy(backend, (ids_BS, lengths_B), steps, until_ns - clock(), clock)
     for row, arrived in zip(trace.tokens_NB.T, batch, strict=True):
         own, start_ns = trace.token_ns[: arrived.ask.new_tokens], trace.start_ns
-        found.requests.append(request_of(arrived, start_ns, [(at, 1) for at in own], own[-1]))
+        late = None if len(own) == arrived.ask.new_tokens else UNANSWERED
+        chunks = [(at, 1) for at in own]
+        found.requests.append(request_of(arrived, start_ns, chunks, own[-1], late))
         found.events.append((own[-1], -1))
         found.tokens.extend(row[: len(own)].tolist())
 
