@@ -30,7 +30,7 @@ SAME = 1e-12
 UNKNOWN = 1.7
 """Over the root of the number of independent values: the autocorrelation they are found to have."""
 FEWEST = 5
-STEPS = 40
+STEPS = 30
 """Of a bisection."""
 ROUNDS = 8
 
@@ -117,7 +117,7 @@ def paired(differences: Sequence[float], level: float = LEVEL, margin: float = 0
         return ranked
     values, dependent = np.asarray(differences, dtype=np.float64), posterior(differences)
     centers = (0.0, margin, -margin)
-    p = [max(hodges_lehmann(values - center).p, float(other))
+    p = [max(statistics.signed_rank_p(values, center), float(other))
          for center, other in zip(centers, dependent.p(*centers), strict=True)]  # fmt: skip
     lower, upper = dependent.below([-margin, margin])
     within = abs(ranked.estimate) < margin and lower < 1 / 2 < upper
@@ -133,8 +133,7 @@ def paired(differences: Sequence[float], level: float = LEVEL, margin: float = 0
 
 def inflation(rho: float, n: int) -> float:
     """Variance of the mean of n values of an AR(1) series, over that of independent ones."""
-    lags = np.arange(1, n)
-    return 1 + 2 * float(((1 - lags / n) * rho**lags).sum())
+    return 1 + 2 * rho / (1 - rho) * (1 - (1 - rho**n) / (n * (1 - rho)))
 
 
 def blocks_needed(shift: Shift, effect: float, alpha: float) -> int:

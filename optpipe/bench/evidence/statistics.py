@@ -66,7 +66,7 @@ def hodges_lehmann(differences: Sequence[float] | Floats, level: float = LEVEL) 
         estimate=float(np.median(averages)),
         ci=None if rank == 0 else (float(averages[rank - 1]), float(averages[-rank])),
         pairs=len(values),
-        p=_signed_rank_p(averages, len(values)),
+        p=_two_sided(averages, len(values)),
         check=t_interval(values, level),
         spread=float(values.std(ddof=1)) if len(values) > 1 else 0.0,
     )
@@ -185,12 +185,23 @@ def fewest_samples(q: float, level: float = LEVEL, violations: int = 0) -> int:
     return n
 
 
+def signed_rank_p(values: Floats, center: float) -> float:
+    """Two-sided, that the values lie symmetrically around the center."""
+    return _two_sided(_walsh(values - center), len(values))
+
+
+@lru_cache(maxsize=256)
 def signed_rank_cdf(n: int) -> Floats:
     """P(W+ <= w) for w = 0 .. n(n+1)/2 when every sign of n distinct ranks is a fair coin."""
-    return np.cumsum(_signed_rank_pmf(n))
+    pmf = np.zeros(n * (n + 1) // 2 + 1)
+    pmf[0] = 1.0
+    for rank in range(1, n + 1):
+        pmf[rank:] = (pmf[rank:] + pmf[:-rank]) / 2
+        pmf[:rank] /= 2
+    return np.cumsum(pmf)
 
 
-def _signed_rank_p(averages: Floats, n: int) -> float:
+def _two_sided(averages: Floats, n: int) -> float:
     """W+ is the number of Walsh averages above 0; those that are 0 count one half (ties)."""
     above = float((averages > 0).sum() + 0.5 * (averages == 0).sum())
     cdf, least = signed_rank_cdf(n), min(above, len(averages) - above)  # W+ is symmetric
@@ -199,10 +210,16 @@ def _signed_rank_p(averages: Floats, n: int) -> float:
 
 def _walsh(values: Floats) -> Floats:
     """Averages of all pairs, each value with itself included, sorted."""
-    rows, cols = np.triu_indices(len(values))
+    rows, cols = _all_pairs(len(values))
     return np.sort((values[rows] + values[cols]) / 2)
 
 
+@lru_cache(maxsize=16)
+def _all_pairs(n: int) -> tuple[NDArray[np.intp], ...]:
+    return np.triu_indices(n)
+
+
+@lru_cache(maxsize=256)
 def _critical(n: int, level: float) -> int:
     """The largest k with P(W+ <= k - 1) <= (1 - level) / 2: the interval drops k - 1 a side."""
     # the tolerance keeps a tail of exactly 1/40, say, from being lost to rounding
@@ -211,13 +228,3 @@ def _critical(n: int, level: float) -> int:
 
 def _exp(interval: Interval | None) -> Interval | None:
     return None if interval is None else (math.exp(interval[0]), math.exp(interval[1]))
-
-
-@lru_cache(maxsize=256)
-def _signed_rank_pmf(n: int) -> Floats:
-    pmf = np.zeros(n * (n + 1) // 2 + 1)
-    pmf[0] = 1.0
-    for rank in range(1, n + 1):
-        pmf[rank:] = (pmf[rank:] + pmf[:-rank]) / 2
-        pmf[:rank] /= 2
-    return pmf
