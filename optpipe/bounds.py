@@ -25,17 +25,20 @@ class Open(Form):
 def settled(layers: Layers) -> list[Layers]:
     """What a plan with open forms or bits may become: all first choices, all second ones, ...
 
-    and, where bits are open, one in which neighbours took different ones; those that settle on
-    forms keep layers alike that are multiplied as one. Nothing if nothing is open.
+    and one in which neighbours took different ones; of open forms, the parts of a block, since
+    those that settle on forms keep layers alike that are multiplied as one. Nothing if nothing is
+    open.
     """
     options = {name: choices for name, form in layers.items() if (choices := _options(form))}
     found = [
         layers | {name: forms[index % len(forms)] for name, forms in options.items()}
         for index in range(max(map(len, options.values()), default=0))
     ]
-    if mixed := [name for name in options if layers[name].choices]:
-        turns = {name: options[name][i % len(options[name])] for i, name in enumerate(mixed)}
-        found.append(found[0] | turns)
+    alike = {name: name if layers[name].choices else name.rpartition(".")[0] for name in options}
+    turns = {part: turn for turn, part in enumerate(dict.fromkeys(alike.values()))}
+    if len(turns) > 1:  # the last ones first: an open form begins with what is not quantized
+        mixed = {n: forms[-1 - turns[alike[n]] % len(forms)] for n, forms in options.items()}
+        found.append(layers | mixed)
     return found
 
 

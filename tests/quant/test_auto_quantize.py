@@ -7,6 +7,8 @@ from optpipe import bounds, model, pipeline
 from optpipe.calibrate import Calib
 from optpipe.checkpoint import Checkpoint
 from optpipe.errors import InputError
+from optpipe.export.trtllm import Trtllm
+from optpipe.export.vllm import Vllm
 from optpipe.lowrank.svd import Svd
 from optpipe.quant.auto_quantize import AutoQuantize
 from optpipe.quant.modelopt import Modelopt
@@ -82,6 +84,10 @@ def test_what_follows_must_take_every_choice(tiny, tmp_path):
     assert stored == [form.stored_bits() for form in layers.values()]  # any may stay as it is
     with pytest.raises(InputError, match=r"stage 'next': 'model.layers.0.*' has 4 bits"):
         pipeline.check({"quant": AutoQuantize(**FIELDS), "next": Wide()}, source, tmp_path)
+    mixed = AutoQuantize(**FIELDS)
+    with pytest.raises(InputError, match=r"stage 'next': one checkpoint has one format: .*mlp"):
+        pipeline.check({"quant": mixed, "next": Trtllm()}, source, tmp_path)
+    assert pipeline.check({"quant": mixed, "next": Vllm()}, source, tmp_path)
     with pytest.raises(InputError, match=r"stage 'again': layer .* is quantized already"):
         pipeline.check({"quant": wide, "again": Rtn(group_size=32)}, source, tmp_path)
 
