@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from optpipe.bench import energy
+from optpipe.bench import energy, rates
 from optpipe.bench.bottlenecks import host
 from optpipe.bench.evidence import resampling
 from optpipe.bench.evidence.dependence import DEPENDENT, paired
@@ -35,6 +35,7 @@ from optpipe.bench.timed.series import Turns, collect, pairs
 FIELDS = (*METRICS, "peak_bytes")
 """What a cell holds a number of."""
 PERCENTILES = (50, 95, 99)
+OF_REQUESTS = ("ttft_s", "ttft_sched_s", "itl_s", "icl_s")
 NO_PEAK = "this system keeps no peak of resident memory that can be reset"
 OTHER_DEVICE = "it runs on another device than the baseline: their memories are two things"
 ONE_NUMBER = "a single number: nothing varies from block to block"
@@ -82,7 +83,7 @@ class Table:
         """The whole entry of an arm; verdicts are added once the family of them is known."""
         own, why = self.timed(name, cell)
         values, reasons = _values(own, cell, why)
-        device, no_device = host.entry(own.samples if own else [], cell, why)
+        device, no_device = host.entry(own.samples if own else [], why)
         reasons |= no_device
         spent, no_energy = energy.entry(self.outcome.measured, name, cell, self.outcome.bench, why)
         reasons |= no_energy
@@ -92,25 +93,19 @@ class Table:
             reasons["blocks"] = self.outcome.measured.stopped[cell]
         if own is not None and (name, cell) in self.outcome.measured.slow_starts:
             reasons["warmup"] = self.outcome.measured.slow_starts[name, cell]
-        served, missing_too = load.entry(own.samples if own else [], cell, self.outcome.measured)
-        reasons |= missing_too
+        rated, unrated = load.entry(own.samples if own else [], cell, self.outcome.measured)
+        if not rated:  # no server
+            rated, unrated = rates.entry(own.samples if own else [], cell, values, why)
+        reasons |= unrated
         return {
             **cell._asdict(),
             **values,
-            **served,
+            **rated,
             "blocks": own.blocks if own else 0,
             "cpu_s": median([sample.cpu_s for sample in own.samples]) if own else None,
             **device,
             "energy": spent,
-            "percentiles": {
-                "ttft_s": _percentiles(_firsts(own, "ttft_s") if own else [], why),
-                **(
-                    {"ttft_sched_s": _percentiles(_firsts(own, "ttft_sched_s"), why)}
-                    if own and cell in self.outcome.measured.rates
-                    else {}
-                ),
-                "itl_s": _percentiles(_gaps(own) if own else [], why or ONE_TOKEN),
-            },
+            "percentiles": _all_percentiles(own, why),
             "speedup": self._speedups(name, cell),
             "reasons": reasons,
         }
@@ -229,19 +224,24 @@ def _bootstrap(base: Turns, own: Turns, cell: Cell, seed: int) -> Entry:
     return {"ci_bootstrap": [float(np.exp(low)), float(np.exp(high))]}
 
 
-def _firsts(own: Turns, metric: str) -> list[float]:
-    """TTFT of every request; infinite for one that failed."""
-    served = [sample.served for sample in own.samples if sample.served is not None]
-    if not served:
-        return own.values(metric)
-    return [value for one in served for value in pooled(one.requests)[metric]]
+def _all_percentiles(own: Turns | None, why: str) -> Entry:
+    """Of iterations; of a server's requests, where one that failed is infinitely late.
+
+    ``itl_s`` are the gaps between tokens. Only a server sends several in a chunk, whose gap then is
+    shared out; ``icl_s`` are the gaps between chunks as they are.
+    """
+    served = [s.served for s in own.samples if s.served is not None] if own else []
+    if served:
+        each = [pooled(one.requests) for one in served]
+        values = {k: [v for one in each for v in one[k]] for k in OF_REQUESTS}
+    else:
+        values = {"ttft_s": own.values("ttft_s") if own else [], "itl_s": _gaps(own) if own else []}
+    unsplit = {"itl_s": ONE_TOKEN, "icl_s": ONE_TOKEN}
+    return {k: _percentiles(of, why or unsplit.get(k, "")) for k, of in values.items()}
 
 
 def _gaps(own: Turns) -> list[float]:
     """Between every two tokens of every iteration, seconds."""
-    if own.samples[0].served is not None:
-        served = [sample.served for sample in own.samples if sample.served is not None]
-        return [gap for one in served for gap in pooled(one.requests)["itl_s"]]
     gaps = [np.diff(np.array(s.token_ns)) / 1e9 for s in own.samples if s.metrics["e2e_s"]]
     return [] if not gaps else np.concatenate(gaps).tolist()
 

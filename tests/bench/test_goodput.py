@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from scipy.stats import binom
 
 from optpipe.bench.cells import _percentiles
 from optpipe.bench.scenario import Objective
@@ -56,6 +57,28 @@ def test_the_estimate_is_good_requests_over_seconds():
     one, late = 9.51, 9.65  # seconds of a block whose last request is good, and late
     assert found["ratio"] == pytest.approx((39 / (one + late)) / (40 / (2 * one)))
     assert found["ci"] is None and found["reasons"]["ci"].startswith("2 paired blocks; a bootstrap")
+
+
+def test_each_limit_has_its_share_of_requests_and_what_that_proves():
+    """TTFT of 10 ms in 30 of 40 requests, 150 ms in 10; one token each, so that TPOT is kept."""
+    given = blocks(1.0, 2, 0)
+    given[0].served.requests[:10] = [answered(500 * i, 150) for i in range(10)]
+    for one in given:
+        one.served.objective = Objective(ttft_s=0.1, tpot_s=0.05, e2e_s=None)
+    found = goodput.kept(given)
+    assert [found[k]["share"] for k in ("ttft_s", "tpot_s", "good")] == [0.75, 1.0, 0.75]
+    assert found["requests"] == 40 and found["reasons"] == {"e2e_s": goodput.NO_LIMIT}
+    assert found["e2e_s"] is None
+    low = found["ttft_s"]["at_least"]  # 30 or more of 40 come about with 1 % at that share
+    assert binom.sf(29, 40, low) == pytest.approx(0.01)
+    assert {*goodput.kept([])["reasons"].values()} == {goodput.NONE_SENT}
+
+
+@pytest.mark.parametrize(("count", "least"), [(458, False), (459, True)])
+def test_a_limit_is_proven_by_the_rule_of_mlperf(count, least):
+    """459 requests without a violation prove 99 % of them with a confidence of 99 %."""
+    found = goodput.kept(blocks(1.0, 1, 0, requests=count))["good"]
+    assert found["share"] == 1 and (found["at_least"] >= 0.99) == least
 
 
 def test_what_has_no_ratio_says_why():

@@ -6,7 +6,7 @@ import io
 import pytest
 import reports
 
-from optpipe.bench.pages import flat, html, schema, served, tables, tasks
+from optpipe.bench.pages import flat, html, rates, schema, served, tables, tasks
 from optpipe.evaluate import mcnemar
 
 
@@ -18,7 +18,12 @@ def under_load(found):
             "scenario": "server", "arrivals": "poisson", "rate_per_s": 12.5,
             "slo": {"ttft_s": 0.5, "tpot_s": 0.05, "e2e_s": None, "share": 0.9},
             "goodput_per_s": 11.25 + number, "good_share": 0.875, "failed": 2.0,
-            "ttft_sched_s": 0.125, "itl_max_s": 0.0625, "requests_per_s": 12.0,
+            "ttft_sched_s": 0.125, "icl_max_s": 0.0625, "requests_per_s": 12.0,
+            "slo_kept": {
+                "requests": 96, "ttft_s": {"share": 0.875, "at_least": 0.77}, "e2e_s": None,
+                "tpot_s": {"share": 1.0, "at_least": 0.95}, "good": {"share": 0.5, "at_least": 0.4},
+                "reasons": {"e2e_s": "no such limit"},
+            },
         }  # fmt: skip
         cell["speedup"]["goodput_per_s"] = reports.interval(1.0 + number / 10) | {
             "verdict": None, "reason": "a secondary metric: an interval, no verdict",
@@ -54,10 +59,11 @@ def test_every_number_of_a_server_is_in_the_text_and_on_the_page(report):
     ((title, rows),) = served.tables(report)
     assert "poisson arrivals at 12.5 a second" in title and "TTFT 500 ms, TPOT 50 ms" in title
     assert len(rows) == len(report["artifacts"])
-    assert rows[1][1:8] == [
-        "12.2", "1.10\u00d7 [1.04, 1.17]", "87.5 %", "125", "188", "0.500", "\u2013",
+    assert rows[1][1:9] == [
+        "12.2", "1.10\u00d7 [1.04, 1.17]", "87.5 %", "87.5 / 100.0 / \u2013 %", "125", "188",
+        "0.500", "\u2013",
     ]  # fmt: skip
-    assert rows[1][8:] == ["62.5", "12.0", "2.00"]
+    assert rows[1][9:] == ["62.5", "12.0", "2.00"]
     report["artifacts"][0]["cells"][-1]["reasons"]["rate_per_s"] = "the time budget ended it"
     ((hurried, _),) = served.tables(report)
     assert "at 12.5 a second (it may bear more: the time budget ended it), at most" in hurried
@@ -66,6 +72,21 @@ def test_every_number_of_a_server_is_in_the_text_and_on_the_page(report):
     for there in (title, *rows[1][:4]):
         assert there in text and there in page
     assert "needs 30 blocks" in text and "needs 30 blocks" in page
+
+
+def test_rates_and_gaps_are_in_the_text_and_on_the_page(report):
+    told = {"user_tokens_per_s": 31.25, "user_e2e_tokens_per_s": 28.75, "icl_max_s": 0.0875,
+            "total_tokens_per_s": 777.0, "prefill_tokens_per_s": 4321.0,
+            "requests_per_s": 1.125}  # fmt: skip
+    report["artifacts"][1]["cells"][0] |= {**told, "decode_tokens_per_s": 250.0}
+    report["artifacts"][1]["cells"][-1] |= {**told, "steady_tokens_per_s": 125.0}
+    schema.check(report)
+    first, *_, last = [rows[1][1:] for _, rows in rates.tables(report)]
+    gap = report["artifacts"][1]["cells"][0]["percentiles"]["itl_s"]["p50"] * 1e3
+    shown = ["31.2", "28.8", "250", "777", "4321", "1.12", f"{gap:.2f}", "\u2013", "\u2013", "87.5"]
+    assert [*first] == shown and last[2] == "125"
+    text, page = tables.markdown(report), html.page(report, [])
+    assert f"| {' | '.join(shown)} |" in text and ">4321<" in page
 
 
 def test_a_run_without_a_server_or_tasks_has_no_such_section():
@@ -91,4 +112,5 @@ def test_a_spreadsheet_has_both(report):
     first, last = rows[0], rows[len(reports.CELLS) - 1]
     assert last["goodput_per_s"] == "11.25" and last["goodput_per_s_speedup"] == "1.0"
     assert last["failed"] == "2.0" and first["failed"] == ""
+    assert last["kept_ttft_s"] == "0.875" and first["kept_ttft_s"] == last["kept_e2e_s"] == ""
     assert {row["next_line.acc"] for row in rows} == {"0.75"}

@@ -62,9 +62,12 @@ def test_every_metric_of_one_request_is_exact(one, expected):
     same(one.metrics(), expected)
 
 
-def test_gaps_are_a_token_s_share_of_its_chunk():
-    assert CHUNKED.gaps == [(0.025, 4), (0.03, 2)]
-    assert pooled([CHUNKED])["itl_s"] == [0.025] * 4 + [0.03] * 2
+def test_a_gap_between_tokens_is_a_token_s_share_of_its_chunk():
+    """ITL, and ICL: the gap between chunks as it is, which is how long a reader waited."""
+    assert CHUNKED.gaps == [(0.1, 4), (0.06, 2)]
+    found = pooled([CHUNKED, STEADY])
+    assert found["itl_s"] == [0.025] * 4 + [0.03] * 2 + [0.02] * 127
+    assert found["icl_s"] == [0.1, 0.06] + [0.02] * 127
     assert ONE_TOKEN.gaps == FAILED.gaps == []
 
 
@@ -81,11 +84,14 @@ def test_metrics_of_a_block_are_those_worked_out_by_hand():
             "tpot_s": None,  # of 0.02, 0.027 and two that failed
             "e2e_s": 4.54,
             "itl_s": 0.02,  # 127 of 134 gaps, that of the answer cut off among them
-            "itl_max_s": 0.03,
+            "icl_max_s": 0.1,
+            "user_tokens_per_s": None,
+            "user_e2e_tokens_per_s": 1 / 0.1,  # of 128 / 4.54, 8 / 0.36, 1 / 0.1, failed twice
             "tokens_per_s": 137 / span,
             "total_tokens_per_s": 167 / span,
             "requests_per_s": 3 / span,
             "steady_tokens_per_s": None,
+            "prefill_tokens_per_s": 30 / 1.5,  # STEADY's 1.5 s hold the prefills of the others
             "goodput_per_s": 2 / span,  # STEADY waited 2010 ms from its schedule
             "good_share": 2 / 5,
             "dispatch_lag_s": 0.0,
@@ -93,7 +99,7 @@ def test_metrics_of_a_block_are_those_worked_out_by_hand():
         },
     )
     why = reasons(found)
-    assert why.keys() == {"steady_tokens_per_s", "tpot_s"}
+    assert why.keys() == {"steady_tokens_per_s", "tpot_s", "user_tokens_per_s"}
     assert why["tpot_s"] == "half or more of the requests failed, so that their median is no time"
 
 
@@ -111,6 +117,15 @@ def test_metrics_of_a_block_are_those_worked_out_by_hand():
 def test_good_is_complete_and_within_every_limit(limits, good):
     objective = Objective(**({"ttft_s": None, "tpot_s": None, "e2e_s": None} | limits))
     assert sum(one.good(objective) for one in LOG) == good
+
+
+def test_an_answer_in_one_chunk_keeps_no_limit_on_tpot():
+    """It has no TPOT, and a limit on what is missing is not kept; one token has no gap at all."""
+    lump, limits = request(0, 0, 0, [(100, 8)]), Objective(ttft_s=0.2, tpot_s=0.05, e2e_s=None)
+    assert lump.kept(limits) == {"ttft_s": True, "tpot_s": False} and not lump.good(limits)
+    assert ONE_TOKEN.kept(limits) == {"ttft_s": True, "tpot_s": True}
+    assert SHORT.kept(LOOSE) == {} and not SHORT.good(LOOSE) and lump.good(LOOSE)
+    assert FAILED.kept(limits) == {"ttft_s": False, "tpot_s": False}
 
 
 def test_nothing_answered_is_null_with_a_reason_and_never_zero():
@@ -135,6 +150,18 @@ def test_steady_throughput_counts_the_window_in_which_all_rows_decode():
     late = request(0, 0, 0, [(20, 1), (35, 3), (50, 3)])
     found = metrics([early, late], LOOSE)
     assert found["steady_tokens_per_s"] == pytest.approx((2 + 3 + 1) / 0.020)
+    assert metrics([early, late], LOOSE, 3)["steady_tokens_per_s"] is None
+    either = metrics([early, late], LOOSE, 1)["steady_tokens_per_s"]
+    assert either == pytest.approx((3 + 6) / 0.040), "10 .. 50 ms: all but the first tokens"
+
+
+def test_steady_throughput_of_a_server_is_that_of_its_full_batches():
+    """Two batches of two, 30 ms of decoding each; nobody is past the first token in between."""
+    rows = [request(0, 0, at, [(at + 10, 1), (at + 40, 3)]) for at in (0, 0, 50, 50)]
+    found = metrics(rows, LOOSE, 2)
+    assert found["steady_tokens_per_s"] == pytest.approx(4 * 3 / 0.060)
+    assert found["prefill_tokens_per_s"] == pytest.approx(40 / 0.020), "rows share their prefill"
+    assert found["user_tokens_per_s"] == pytest.approx(1 / 0.010)
 
 
 def test_time_does_not_run_backwards():
@@ -160,8 +187,8 @@ def test_identities_hold_for_whatever_came(times, counts):
         assert found["ttft_s"] == pytest.approx(found["queue_s"] + found["prefill_s"], abs=1e-9)
         rest = (found["tpot_s"] or 0.0) * (one.tokens - head)
         assert found["e2e_s"] == pytest.approx(found["ttft_s"] + rest, abs=1e-9)
-        weighted = sum(value * count for value, count in one.gaps)
-        assert weighted == pytest.approx(rest, abs=1e-9), "gaps weighted by tokens add up"
+        assert sum(pooled([one])["itl_s"]) == pytest.approx(rest, abs=1e-9), "a gap a token"
+        assert sum(pooled([one])["icl_s"]) == pytest.approx(rest, abs=1e-9)
 
 
 # What other tools make of one request: the formulas in their sources, on the same stamps (s).

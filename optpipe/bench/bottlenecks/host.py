@@ -22,24 +22,20 @@ NO_EVENTS = "this runtime has no events of the device's own; on a CPU there are 
 SERVED = "a server also waits for requests"
 
 
-def entry(samples: Iterable[Sample], cell: Cell, why: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """``device_s`` and ``host_gap_s`` of one iteration, and how fast prompts are read; medians."""
+def entry(samples: Iterable[Sample], why: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """``device_s`` and ``host_gap_s`` of one iteration, medians."""
     given = [*samples]
     alone = [s for s in given if s.served is None]
     device = [sum(s.device_s) for s in given if s.device_s is not None]
     gaps = [e2e - sum(s.device_s) for s in alone if s.device_s and (e2e := s.metrics["e2e_s"])]
-    prefills = [s.device_s[0] if s.device_s else s.metrics["prefill_s"] for s in alone]
-    fed = cell.batch * cell.prompt_tokens
     values = {
         "device_s": median(device) if device else None,
         "host_gap_s": max(median(gaps), 0.0) if gaps else None,
-        "prefill_tokens_per_s": median([fed / t for t in prefills if t]) if any(prefills) else None,
     }
     is_served = any(s.served is not None for s in given)
     reasons = {
         "device_s": why or NO_EVENTS,
         "host_gap_s": why or (SERVED if is_served else NO_EVENTS),
-        "prefill_tokens_per_s": why or (SERVED if is_served else "its prefill has no time"),
     }
     return values, {key: reasons[key] for key, value in values.items() if value is None}
 

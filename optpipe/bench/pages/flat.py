@@ -7,14 +7,17 @@ from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
 from optpipe.bench.pages import tasks
+from optpipe.bench.serving.request import LIMITS
 
 FROM_ARTIFACT = ("name", "stage", "format", "dtype", "device", "key", "bytes", "weight_bytes",
                  "load_s")  # fmt: skip
 FROM_QUALITY = ("perplexity", "kl_mean", "top1_agreement", "tier")
 FROM_CELL = ("scenario", "batch", "prompt_tokens", "new_tokens", "blocks", "ttft_s", "queue_s",
              "prefill_s", "tpot_s", "e2e_s", "tokens_per_s", "peak_bytes", "cpu_s", "device_s",
-             "host_gap_s", "arrivals", "rate_per_s", "goodput_per_s", "good_share", "failed",
-             "ttft_sched_s", "itl_max_s", "requests_per_s")  # fmt: skip
+             "host_gap_s", "user_tokens_per_s", "user_e2e_tokens_per_s", "decode_tokens_per_s",
+             "steady_tokens_per_s", "total_tokens_per_s", "prefill_tokens_per_s", "requests_per_s",
+             "icl_max_s", "arrivals", "rate_per_s", "goodput_per_s", "good_share", "failed",
+             "ttft_sched_s")  # fmt: skip
 FROM_ENERGY = ("j_per_token", "j_per_request", "j_per_token_above_idle",
                "j_per_request_above_idle")  # fmt: skip
 SPEEDUPS = ("ttft_s", "tpot_s", "e2e_s", "tokens_per_s", "goodput_per_s", "peak_bytes", "bytes")
@@ -31,6 +34,10 @@ def rows(report: Mapping[str, Any]) -> Iterator[Row]:
                 **{key: artifact["quality"].get(key) for key in FROM_QUALITY},
                 **{key: cell.get(key) for key in FROM_CELL},
                 **{key: (cell.get("energy") or {}).get(key) for key in FROM_ENERGY},
+                **{
+                    f"kept_{key}": ((cell.get("slo_kept") or {}).get(key) or {}).get("share")
+                    for key in LIMITS
+                },
                 **_speedups(cell["speedup"]),
                 **measured,
                 **tasks.values(artifact),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from optpipe.bench.pages import charts, curves
+from optpipe.bench.pages import charts, curves, rates
 from optpipe.bench.pages.markup import (
     Safe,
     bullets,
@@ -142,12 +142,13 @@ def _stage_rows(report: Entry) -> Iterator[tuple[str, ...]]:
 def speedups(report: Entry) -> Safe:
     """A forest plot and a table of every cell."""
     drawn, folded = [], []
-    for index, cell in enumerate(report["artifacts"][0]["cells"]):
-        title = f"Speed-up: {where(cell)}"
+    for index, (cell, rated) in enumerate(rates.tables(report)):
+        title = f"Speed-up: {cell}"
         if svg := charts.forest(report, index, title):
             drawn.append(figure(title, svg))
-        rows = _speed_rows(report, index)
-        folded.append(details(f"Numbers: {where(cell)}", table(SPEED, rows, title)))
+        shown = table(SPEED, _speed_rows(report, index), title)
+        more = table(rates.HEADER, rated, f"rates: {cell}")
+        folded.append(details(f"Numbers: {cell}", join([shown, more])))
     read = (
         "Right of the line is faster than the baseline. Filled: time per output token (TPOT), with "
         "its number at the right; hollow: time to first token (TTFT). A bar is the interval "
@@ -156,7 +157,7 @@ def speedups(report: Entry) -> Safe:
     return section(
         "Speed-ups", note(read),
         tag("div", join(drawn), class_="grid") if drawn else note("There is nothing to compare."),
-        *folded,
+        *folded, details("How to read rates and gaps", note(rates.READ)),
     )  # fmt: skip
 
 

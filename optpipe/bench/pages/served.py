@@ -6,13 +6,16 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from optpipe.bench.pages.view import interval, names, number
+from optpipe.bench.serving.request import LIMITS
 
-HEADER = ("artifact", "good/s", "x [95 %]", "good", "TTFT ms", "p95 ms", "queue ms", "TPOT ms",
-          "max gap ms", "served/s", "failed")  # fmt: skip
+HEADER = ("artifact", "good/s", "x [95 %]", "good", "kept TTFT / TPOT / E2E", "TTFT ms", "p95 ms",
+          "queue ms", "TPOT ms", "longest gap ms", "served/s", "failed")  # fmt: skip
 READ = (
     "A request is good if it was answered in full and kept every limit, TTFT counted from its "
     "scheduled arrival; one that failed is not good, and later than any other. good/s and served/s "
-    "are requests a second, failed those of a block; medians over blocks. x is the ratio of all "
+    "are requests a second, failed those of a block; medians over blocks. Kept: the share of all "
+    "requests within each limit. An arm takes one device at most, so that all of this is also per "
+    "GPU. x is the ratio of all "
     "good requests a second, its interval a bootstrap of blocks and requests that needs 30 blocks. "
     "Nothing of it has a verdict: none of these metrics is among those chosen beforehand."
 )
@@ -36,7 +39,7 @@ def _title(cell: Report) -> str:
     slo = cell["slo"]
     limits = [
         f"{name.removesuffix('_s').upper()} {slo[name] * 1e3:g} ms"
-        for name in ("ttft_s", "tpot_s", "e2e_s")
+        for name in LIMITS
         if slo[name] is not None
     ]
     return (
@@ -53,11 +56,18 @@ def _row(cell: Report) -> list[str]:
         number(cell.get("goodput_per_s")),
         interval(goodput),
         number(cell.get("good_share"), 100, "{:.1f} %"),
+        _kept(cell.get("slo_kept") or {}),
         number(cell.get("ttft_sched_s"), 1e3),
         number(scheduled["p95"], 1e3),
         number(cell["queue_s"], 1e3),
         number(cell["tpot_s"], 1e3),
-        number(cell.get("itl_max_s"), 1e3),
+        number(cell.get("icl_max_s"), 1e3),
         number(cell.get("requests_per_s")),
         number(cell.get("failed")),
     ]
+
+
+def _kept(told: Report) -> str:
+    """Per cent of the requests, for each limit; a dash where there is none."""
+    shares = ((told.get(name) or {"share": None})["share"] for name in LIMITS)
+    return f"{' / '.join(number(share, 100, '{:.1f}') for share in shares)} %"

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from optpipe.bench.bottlenecks import bottleneck
 from optpipe.bench.fidelity import gate
-from optpipe.bench.pages import missing, served, setups, tasks
+from optpipe.bench.pages import missing, rates, served, setups, tasks
 from optpipe.bench.pages.view import DASH, short
 
 Row = list[str]
@@ -87,6 +87,9 @@ def markdown(report: Mapping[str, Any]) -> str:
     parts += [_markdown_table(gate.HEADER, gate.rows(report))]
     less = run["design"]["quality"]["reasons"]
     parts += [f"Less text than asked for: {less[k]}." for k in ("window", "windows") if k in less]
+    parts += [f"## Rates and gaps\n\n{rates.READ}"]
+    for title, told in rates.tables(report):
+        parts += [f"### {title}", _markdown_table(rates.HEADER, told)]
     if lacking := missing.rows(report):
         lines = (f"- {keys} of {of}{f', {at}' if at != DASH else ''}: {why}"
                  for why, keys, of, at in lacking)  # fmt: skip

@@ -1,4 +1,4 @@
-"""Goodput against the baseline's: requests that kept every objective, a second, as a ratio.
+"""Requests that kept an objective: how many, and a second against the baseline's, as a ratio.
 
 Whether a request was good says little by itself, so that the interval needs many blocks: it is a
 bootstrap of blocks and of the requests inside them.
@@ -11,14 +11,18 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import betaincinv
 
 from optpipe.bench.evidence.resampling import FEWEST_BLOCKS, hierarchical
-from optpipe.bench.serving.request import seconds
+from optpipe.bench.serving.request import LIMITS, seconds
 from optpipe.bench.serving.serve import Served
 from optpipe.bench.timed.samples import Sample
 
 NONE_GOOD = "no request of {} kept the objective"
 RARELY_GOOD = "too few requests kept the objective for an interval"
+NO_LIMIT = "the objective has no such limit"
+NONE_SENT = "no request was sent"
+PROVEN = 0.99
 Floats = NDArray[np.float64]
 
 
@@ -45,6 +49,31 @@ def ratio(base: Sequence[Sample], own: Sequence[Sample], seed: int) -> dict[str,
     if not np.isfinite([low, high]).all() or low <= 0:
         return {**_nothing(RARELY_GOOD, "ci"), "ratio": value}
     return {"ratio": value, "ci": [float(low), float(high)], "reasons": {}}
+
+
+def kept(samples: Sequence[Sample]) -> dict[str, Any]:
+    """How many requests kept each limit of an objective, and all of them ('good').
+
+    ``share`` is of the requests of all blocks; with a confidence of ``PROVEN`` no fewer than
+    ``at_least`` would: .99 for 459 of 459, the rule of MLPerf. null where there is no such limit.
+    """
+    served = [sample.served for sample in samples if sample.served is not None]
+    each = [r.kept(of.objective) | {"good": r.good(of.objective)}
+            for of in served for r in of.requests]  # fmt: skip
+    names = (*LIMITS, "good")
+    counts = {name: [one[name] for one in each if name in one] for name in names}
+    why = NO_LIMIT if each else NONE_SENT
+    return {
+        "requests": len(each),
+        **{name: _proven(sum(of), len(of)) if of else None for name, of in counts.items()},
+        "reasons": {name: why for name, of in counts.items() if not of},
+    }
+
+
+def _proven(count: int, of: int) -> dict[str, float]:
+    """Clopper and Pearson's lower bound."""
+    low = float(betaincinv(count, of - count + 1, 1 - PROVEN)) if count else 0.0
+    return {"share": count / of, "at_least": low}
 
 
 def _blocks(samples: Sequence[Sample]) -> Mapping[tuple[int, int, int], Served]:

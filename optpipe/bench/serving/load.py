@@ -11,7 +11,7 @@ import numpy as np
 from optpipe.bench.evidence.statistics import median
 from optpipe.bench.policy import BenchConfig
 from optpipe.bench.scenario import Cell, Serving, Texts, prompt_seed, prompts
-from optpipe.bench.serving import arrivals, request
+from optpipe.bench.serving import arrivals, goodput, request
 from optpipe.bench.serving.feeds import Ask
 from optpipe.bench.serving.serve import Serve, Served
 from optpipe.bench.timed.samples import Measured, Sample
@@ -26,8 +26,9 @@ Asking = Callable[[str, Serve], Answer | None]
 """Asks an arm; None: it is gone, or the time is over."""
 ALONE = 4
 NO_RATE = "requests come as the trace or the clients have it"
-SERVED = ("goodput_per_s", "good_share", "ttft_sched_s", "itl_s", "itl_max_s", "total_tokens_per_s",
-          "requests_per_s", "steady_tokens_per_s", "dispatch_lag_s", "failed")  # fmt: skip
+SERVED = ("goodput_per_s", "good_share", "ttft_sched_s", "itl_s", "icl_max_s", "total_tokens_per_s",
+          "requests_per_s", "steady_tokens_per_s", "prefill_tokens_per_s", "user_tokens_per_s",
+          "user_e2e_tokens_per_s", "dispatch_lag_s", "failed")  # fmt: skip
 """Medians over the blocks of what only a server has."""
 PROBES = 1_000_000
 """Blocks of the search are numbered from here: no timed block has their prompts."""
@@ -156,7 +157,7 @@ def entry(
         why["rate_per_s"] = "it was not found" if cell not in found.rates else NO_RATE
     if cell in found.hurried:
         why["rate_per_s"] = found.hurried[cell]
-    return {**values, "slo": objective}, why
+    return {**values, "slo": objective, "slo_kept": goodput.kept(samples)}, why
 
 
 def search(load: Load, run: Callable[[Serve], Served | None]) -> float | None:

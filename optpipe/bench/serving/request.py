@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 
@@ -26,7 +26,9 @@ from optpipe.bench.timed import clock
 LATENCIES = (*clock.LATENCIES, "ttft_sched_s")
 """Of one request; of many, the median of those that have it."""
 RATES = ("tokens_per_s", "total_tokens_per_s", "requests_per_s", "steady_tokens_per_s",
-         "goodput_per_s")  # fmt: skip
+         "prefill_tokens_per_s", "goodput_per_s")  # fmt: skip
+LIMITS = ("ttft_s", "tpot_s", "e2e_s")
+"""What an objective may limit; the TTFT counts from the scheduled arrival."""
 CLIENT_SHARE = 0.01
 """Most of the median TTFT that the sender may be late."""
 LITTLE = 0.02
@@ -70,9 +72,9 @@ class Request:
 
     @property
     def gaps(self) -> list[tuple[float, int]]:
-        """(seconds a token, tokens) of each chunk after the first: the inter-token latencies."""
+        """(seconds, tokens) of each chunk after the first, since the one before it."""
         full = self.full
-        return [((at - before) / 1e9 / count, count) for (before, _), (at, count) in pairwise(full)]
+        return [((at - before) / 1e9, count) for (before, _), (at, count) in pairwise(full)]
 
     def metrics(self) -> Values:
         """Seconds; None where undefined: nothing came, one chunk has no gap, no stage marks."""
@@ -90,30 +92,50 @@ class Request:
         }
         return found
 
-    def good(self, objective: Objective) -> bool:
-        """Complete, and within every limit; what has no gap between tokens has no slow one."""
+    def kept(self, objective: Objective) -> dict[str, bool]:
+        """Of every limit there is, whether it was kept: not by an answer that is not whole.
+
+        Nor by one that lacks the time, as the TPOT of an answer in one chunk; but where one token
+        was asked for there is no gap that could be too long.
+        """
         found = self.metrics()
-        if found["ttft_sched_s"] is None or self.tokens != self.new_tokens:
-            return False
-        pairs = (
-            (found["ttft_sched_s"], objective.ttft_s),
-            (found["tpot_s"], objective.tpot_s),
-            (found["e2e_s"], objective.e2e_s),
-        )
-        return all(limit is None or (value or 0) <= limit for value, limit in pairs)
+        found["ttft_s"] = found["ttft_sched_s"]
+        if self.new_tokens == 1:
+            found["tpot_s"] = 0.0
+        limits = ((name, getattr(objective, name)) for name in LIMITS)
+        return {
+            name: self.whole and (value := found[name]) is not None and value <= limit
+            for name, limit in limits
+            if limit is not None
+        }
+
+    @property
+    def whole(self) -> bool:
+        """Whether it was answered with as many tokens as were asked for."""
+        return self.error is None and self.tokens == self.new_tokens
+
+    def good(self, objective: Objective) -> bool:
+        """Whole, and within every limit."""
+        return self.whole and all(self.kept(objective).values())
 
 
-def metrics(requests: Sequence[Request], objective: Objective) -> Values:
+def metrics(
+    requests: Sequence[Request], objective: Objective, together: int | None = None
+) -> Values:
     """Medians of the latencies, rates over the whole block, and how well it was sent.
 
     A request that failed is later than any that was answered, and not good. Rates count from the
-    first submission to the end of the last request. ``dispatch_lag_s`` is the median.
+    first submission to the end of the last request. ``dispatch_lag_s`` is the median. ``together``:
+    how many are served at once at most; None: all of them.
     """
     values = pooled(requests)
     found: Values = {name: _median(values[name]) for name in (*LATENCIES, "itl_s")}
-    found["itl_max_s"] = max(values["itl_s"], default=None)
+    found["icl_max_s"] = max(values["icl_s"], default=None)
+    found["user_tokens_per_s"] = _inverse(found["tpot_s"])
+    found["user_e2e_tokens_per_s"] = _inverse(_median(_e2e_per_token(requests)))
     done = [r for r in requests if r.error is None and r.full]
     found |= _rates(done, requests, objective)
+    found["steady_tokens_per_s"] = _steady(done, together or len(done))
     found["good_share"] = sum(r.good(objective) for r in requests) / len(requests)
     found["dispatch_lag_s"] = _median([(r.submit_ns - r.sched_ns) / 1e9 for r in requests])
     found["failed"] = float(len(requests) - len(done))
@@ -123,24 +145,27 @@ def metrics(requests: Sequence[Request], objective: Objective) -> Values:
 def pooled(requests: Sequence[Request]) -> dict[str, list[float]]:
     """Every value there is of each latency, for percentiles; infinite where the request failed.
 
-    Of ``itl_s`` one for each token that came, those of answers that were cut off included.
+    Of ``itl_s`` one for each token that came, its share of its chunk's gap, and of ``icl_s`` one
+    for each chunk, the gap itself; those of answers that were cut off included.
     """
     each = [request.metrics() for request in requests]
     failed = [math.inf for one in each if one["ttft_s"] is None]
     known = {name: [v for one in each if (v := one[name]) is not None] for name in LATENCIES}
     found = {name: of + failed if of else [] for name, of in known.items()}
     gaps = [gap for request in requests for gap in request.gaps]
-    return {**found, "itl_s": [value for value, count in gaps for _ in range(count)]}
+    found["icl_s"] = [gap for gap, _ in gaps]
+    return {**found, "itl_s": [gap / count for gap, count in gaps for _ in range(count)]}
 
 
 def reasons(found: Values) -> dict[str, str]:
     """Why a metric is null."""
     why = {
         "tpot_s": "no request has a token after its first chunk: there is no gap to time",
-        "steady_tokens_per_s": "at no time were all requests of the block past their first token",
+        "steady_tokens_per_s": "at no time did as many requests decode as are served at once",
         "queue_s": "no request tells when work on it began",
     }
-    why |= {"itl_s": why["tpot_s"], "itl_max_s": why["tpot_s"], "prefill_s": why["queue_s"]}
+    why |= dict.fromkeys(("itl_s", "icl_max_s", "user_tokens_per_s"), why["tpot_s"])
+    why |= dict.fromkeys(("prefill_s", "prefill_tokens_per_s"), why["queue_s"])
     none = NONE_ANSWERED
     if found["requests_per_s"] is not None and found["failed"]:
         none = HALF_FAILED
@@ -194,7 +219,7 @@ def _rates(
         "tokens_per_s": new / span_s,
         "total_tokens_per_s": (new + given) / span_s,
         "requests_per_s": len(done) / span_s,
-        "steady_tokens_per_s": _steady(done),
+        "prefill_tokens_per_s": _prefill(done),
         "goodput_per_s": sum(r.good(objective) for r in requests) / span_s,
     }
 
@@ -205,19 +230,52 @@ def seconds(requests: Sequence[Request]) -> float:
     return (max(r.end_ns for r in requests) - start) / 1e9
 
 
-def _steady(done: Sequence[Request]) -> float | None:
-    """Output tokens a second while every request is between its first and its last token."""
-    begin = max(r.full[0][0] for r in done)
-    end = min(r.full[-1][0] for r in done)
-    if end <= begin:
+def _prefill(done: Sequence[Request]) -> float | None:
+    """Prompt tokens a second of the time in which some prompt was read; None: nobody tells."""
+    told = [(r.start_ns, r.full[0][0], r.prompt_tokens) for r in done if r.start_ns is not None]
+    spans = busy([(begin, end) for begin, end, _ in told], 1)
+    taken_ns = sum(end - begin for begin, end in spans)
+    return sum(given for *_, given in told) / (taken_ns / 1e9) if taken_ns else None
+
+
+def _steady(done: Sequence[Request], together: int) -> float | None:
+    """Output tokens a second while so many requests are between their first and last token.
+
+    Those of a chunk are counted evenly since the chunk before it.
+    """
+    spans = busy([(r.full[0][0], r.full[-1][0]) for r in done], together)
+    if not spans:
         return None
-    return sum(_until(r, end) - _until(r, begin) for r in done) / ((end - begin) / 1e9)
+    ends, count = np.array(spans, dtype=np.int64), 0.0
+    for request in done:
+        stamps, counts = zip(*request.full, strict=True)
+        count += float(np.diff(np.interp(ends, stamps, np.cumsum(counts))).sum())
+    return count / (float(np.diff(ends).sum()) / 1e9)
 
 
-def _until(request: Request, at_ns: int) -> float:
-    """Tokens by a time, those of a chunk counted evenly since the chunk before it."""
-    stamps, counts = zip(*request.full, strict=True)
-    return float(np.interp(at_ns, stamps, np.cumsum(counts)))
+def busy(spans: Sequence[tuple[int, int]], together: int) -> list[tuple[int, int]]:
+    """When at least so many of these spans overlap, as spans that do not.
+
+    >>> busy([(0, 4), (1, 3), (2, 6)], 2)
+    [(1, 2), (2, 3), (3, 4)]
+    """
+    events = sorted(event for begin, end in spans for event in ((begin, 1), (end, -1)))
+    level = accumulate(change for _, change in events)
+    return [
+        (before, after)
+        for ((before, _), (after, _)), count in zip(pairwise(events), level, strict=False)
+        if count >= together and after > before
+    ]
+
+
+def _e2e_per_token(requests: Sequence[Request]) -> list[float]:
+    """Seconds of the whole request for each token of it; infinite where it failed."""
+    each = [(request.metrics()["e2e_s"], request.tokens) for request in requests]
+    return [math.inf if e2e is None else e2e / tokens for e2e, tokens in each]
+
+
+def _inverse(value: float | None) -> float | None:
+    return 1 / value if value else None
 
 
 def _median(values: Sequence[float]) -> float | None:

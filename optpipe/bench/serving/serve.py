@@ -118,6 +118,8 @@ class Served(Usage):
     """(stamp, +1 or -1) as requests came and left; see :func:`request.little`."""
     tokens: tuple[int, ...]
     objective: Objective
+    together: int | None = None
+    """How many could be served at once; None: all of them."""
 
     @property
     def trace(self) -> Trace:
@@ -130,7 +132,7 @@ class Served(Usage):
 
     @property
     def metrics(self) -> Values:
-        return request.metrics(self.requests, self.objective)
+        return request.metrics(self.requests, self.objective, self.together)
 
     @property
     def invalid(self) -> list[str]:
@@ -167,6 +169,7 @@ class Serve:
             events=tuple(found.events),
             tokens=tuple(found.tokens),
             objective=self.objective,
+            together=min(self.max_batch, self.clients or self.max_batch, len(self.asks)),
             **vars(usage),
         )
 
