@@ -11,16 +11,20 @@ from optpipe import model
 from optpipe.artifact import Stats
 from optpipe.checkpoint import Checkpoint
 from optpipe.errors import GateError
-from optpipe.linear import Form, Layers, Quantized, mask_of, weight_of
+from optpipe.linear import BLOCKS, SCALARS, Form, Layers, Quantized, mask_of, weight_of
 from optpipe.prune.mask import ROW, follows
 
 
-def layer_facts(checkpoint: Checkpoint, forms: Layers, parent: Checkpoint) -> Stats:
+def layer_facts(
+    checkpoint: Checkpoint, forms: Layers, parent: Checkpoint, trained: bool = False
+) -> Stats:
     """What the files hold, layer by layer, summed up. Raises GateError for a broken promise.
 
-    Bits are those per weight of the model as it was, so that factors count for what they replace.
+    Bits are those per weight of the model as it was, so that factors count for what they replace;
+    sparsity is what masks take away, not what happens to be rounded to zero. Only a stage that
+    ``trained`` may move the scales of a layer that was quantized before.
     """
-    weights = zeros = bits = original = 0.0
+    weights = gone = bits = original = 0.0
     ranks: dict[str, int] = {}
     before = parent.forms or {}
     for name, form in forms.items():
@@ -31,12 +35,12 @@ def layer_facts(checkpoint: Checkpoint, forms: Layers, parent: Checkpoint) -> St
         if not bool(torch.isfinite(weight).all()):
             raise GateError(f"layer '{name}' holds weights that are not finite")
         if name in before:
-            _check_kept(name, module, model.part(name, before, parent))
+            _check_kept(name, module, model.part(name, before, parent), trained)
         if mask is not None:
             _check_mask(name, weight, mask, form.pattern or ROW)
         kept = 1.0 if mask is None else float(mask.float().mean())
         weights += weight.numel()
-        zeros += float((weight == 0).sum())
+        gone += (1 - kept) * weight.numel()
         bits += form.stored_bits(checkpoint.layer_dtype(name).itemsize * 8, kept)
         original += form.rows * form.cols
         if name.endswith(".right"):
@@ -46,7 +50,7 @@ def layer_facts(checkpoint: Checkpoint, forms: Layers, parent: Checkpoint) -> St
             original += replaced - (left.rows + form.cols) * form.rows
     return {
         "parameters": _parameters(checkpoint, forms),
-        "sparsity": zeros / weights,
+        "sparsity": gone / weights,
         "bits_per_weight": bits / original,
         "ranks": ranks,
         **_bits(checkpoint, forms),
@@ -101,10 +105,10 @@ def _parameters(checkpoint: Checkpoint, forms: Layers) -> int:
 
 def check_claims(claimed: Stats, found: Stats) -> None:
     """Raise GateError unless the files hold what the stage says they do."""
-    parameters, sparsity = claimed.get("parameters"), claimed.get("sparsity", 0.0)
+    parameters, sparsity = claimed.get("parameters"), claimed.get("sparsity")
     if parameters not in (None, found["parameters"]):
         raise GateError(f"{parameters} parameters were claimed, {found['parameters']} are there")
-    if found["sparsity"] < sparsity - 1e-6:
+    if sparsity is not None and abs(found["sparsity"] - sparsity) > 1e-6:
         raise GateError(f"a sparsity of {sparsity} was claimed, {found['sparsity']} is there")
     for name, rank in claimed.get("ranks", {}).items():
         if (there := found["ranks"].get(name)) != rank:
@@ -125,17 +129,20 @@ def _check_bits(claimed: Stats, found: Stats) -> None:
         raise GateError(f"{stored} bits a quantized weight were claimed, {there} are there")
 
 
-def _check_kept(name: str, module: nn.Module, before: nn.Module) -> None:
-    """Raise GateError unless a layer has the mask and the codes that it had before the stage."""
+def _check_kept(name: str, module: nn.Module, before: nn.Module, trained: bool) -> None:
+    """Raise GateError unless a layer has the mask and the grid that it had before the stage."""
     mask, old = mask_of(module), mask_of(before)
     if old is not None and (mask is None or not torch.equal(mask, old)):
         raise GateError(f"layer '{name}' lost the mask it was pruned with")
-    if isinstance(before, Quantized):
-        zeros = before.zeros
-        if not isinstance(module, Quantized) or not torch.equal(module.codes, before.codes):
-            raise GateError(f"layer '{name}' lost the codes it was quantized to")
-        if zeros is not None and (module.zeros is None or not torch.equal(module.zeros, zeros)):
-            raise GateError(f"layer '{name}' lost the zero points it was quantized with")
+    if not isinstance(before, Quantized):
+        return
+    free = ("scales",) if trained and before.form.number not in BLOCKS else ()
+    for part in ("codes", "zeros", *SCALARS, "scales"):
+        ours, theirs = getattr(module, part, None), getattr(before, part)
+        if part in free or ours is theirs is None:
+            continue
+        if ours is None or theirs is None or not torch.equal(ours, theirs):
+            raise GateError(f"layer '{name}' lost the {part} it was quantized with")
 
 
 def _check_mask(name: str, weight_RC: Tensor, mask_RC: Tensor, pattern: str) -> None:

@@ -161,7 +161,8 @@ def verify_checkpoint(artifact: Artifact, parent: Artifact, planned: Layers | No
     forms = model.layers(checkpoint)
     if planned is not None and (name := departure(forms, planned)) is not None:
         raise GateError(f"layer '{name}' became {forms.get(name)}, planned {planned.get(name)}")
-    facts = layer_facts(checkpoint, forms, Checkpoint(parent.path))
+    trained = "trained_tokens" in artifact.stats
+    facts = layer_facts(checkpoint, forms, Checkpoint(parent.path), trained)
     check_claims(artifact.stats, facts)
     ids_T = torch.from_numpy(_ids(checkpoint.decoder.vocab, 1, PROMPTS[0])[0])
     if not bool(torch.isfinite(final_logits(checkpoint, ids_T)).all()):
