@@ -79,6 +79,10 @@ class Backend(ABC):
     def score(self, ids_BS: Ids) -> Logits:
         """Logits (B, S, V) of whole sequences from an empty cache; the cache is void afterwards."""
 
+    def drop(self) -> None:
+        """Forget all requests; one that went on by itself would run beside the arm timed next."""
+        return None
+
     @abstractmethod
     def close(self) -> None:
         """Give memory and threads back."""

@@ -89,6 +89,9 @@ class Paged(Backend):
         self._told = None
         return np.stack([self._log_probs(row) for row in ids_BS.tolist()])
 
+    def drop(self) -> None:
+        self._told = None
+
     def reset_peak(self) -> None:
         torch.cuda.reset_peak_memory_stats()
 

@@ -45,7 +45,7 @@ class Trtllm(Paged):
         return unusable("tensorrt_llm")
 
     def _begin(self, rows: list[list[int]]) -> list[int]:
-        self._drop()
+        self.drop()
         for row in rows:
             params = self._greedy(self.capacity - len(row))
             self._results.append(self._llm.generate_async(row, params, streaming=True))
@@ -59,13 +59,13 @@ class Trtllm(Paged):
         return [waiting.pop(0) for waiting in self._waiting]
 
     def _log_probs(self, row: list[int]) -> Logits:
-        self._drop()
+        self.drop()
         params = self._greedy(1, return_context_logits=True)
         logits_SV: torch.Tensor = self._llm.generate(row, params, use_tqdm=False).context_logits
         return np.asarray(torch.log_softmax(logits_SV.float(), dim=-1).cpu().numpy())
 
     def close(self) -> None:
-        self._drop()
+        self.drop()
         self._llm.shutdown()
 
     def _greedy(self, new: int, **more: Any) -> Any:
@@ -73,7 +73,8 @@ class Trtllm(Paged):
         given = {"end_id": -1, "ignore_eos": True, "temperature": 0.0, **more}
         return self._params(max_tokens=new, **given)
 
-    def _drop(self) -> None:
+    def drop(self) -> None:
+        super().drop()
         for result in self._results:
             result.abort()
         self._results, self._waiting = [], []

@@ -114,7 +114,7 @@ class Vllm(Paged):
         return name
 
     def drop(self) -> None:
-        """Forget all requests."""
+        super().drop()
         self._engine.abort_request([*self._streams])
         self._streams.clear()
         while self._engine.has_unfinished_requests():

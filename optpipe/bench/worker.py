@@ -243,7 +243,9 @@ def _answer(pipe: Connection, arm: Arm) -> None:
         pipe.send(("loaded", _loaded(backend, (time.perf_counter_ns() - start) / 1e9)))
         gc.freeze()  # the modules of the runtime are no garbage: do not walk them while timing
         while (command := pipe.recv()) is not None:
-            pipe.send(("done", command(backend)))
+            answer = command(backend)
+            backend.drop()
+            pipe.send(("done", answer))
 
 
 def _loaded(backend: Backend, load_s: float) -> Loaded:

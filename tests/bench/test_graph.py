@@ -83,13 +83,12 @@ def test_compressed_layers_and_a_rounded_cache_go_into_graphs(tiny, run):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_demo_model_says_the_same_from_graphs(dtype):
-    """64 greedy tokens after 8 prompts of 100; in bfloat16 a near tie may fall otherwise."""
+def test_the_demo_model_says_the_same_from_graphs():
+    """64 greedy tokens after 8 prompts of 100, in float32."""
     text = np.frombuffer((DEMO.path / "heldout.txt").read_bytes()[:800], np.uint8)
     ids_BS = text.reshape(8, 100).astype(np.int64)
-    found = {}
-    with open_backend(DEMO, dtype=dtype) as backend:
+    found = []
+    with open_backend(DEMO) as backend:
         for graphed in (False, True):
             backend.graphed = graphed
             lengths_B = np.full(8, 100)
@@ -97,7 +96,17 @@ def test_the_demo_model_says_the_same_from_graphs(dtype):
                 backend.first_tokens(ids_BS, lengths_B),
                 backend.prefill(ids_BS, lengths_B).argmax(-1),
             )
-            found[graphed] = Iterate(ids_BS=ids_BS, new_tokens=64)(backend).trace.tokens_NB
-    same = float((found[True] == found[False]).all(0).mean())
-    print(f"{dtype}: {same:.0%} of the answers are the same, token by token")
-    assert same >= (1.0 if dtype == "float32" else 0.75)
+            found.append(Iterate(ids_BS=ids_BS, new_tokens=64)(backend).trace.tokens_NB)
+    np.testing.assert_array_equal(*found)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_graphs_round_no_more_than_eager_steps(dtype):
+    """Logits of the demo model, root mean square of what they miss those of float32 by."""
+    with open_backend(DEMO) as backend:
+        exact = walked(backend, RAGGED, graphed=False)
+    with open_backend(DEMO, dtype=dtype) as backend:
+        eager, graphed = (np.std(walked(backend, RAGGED, way) - exact) for way in (False, True))
+    print(f"{dtype}: eager {eager:.2e}, graphed {graphed:.2e}")
+    assert 0 < graphed < 1.1 * eager

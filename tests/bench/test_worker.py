@@ -1,11 +1,15 @@
 import multiprocessing
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from fakes import Fake
 
+from optpipe.artifact import Artifact
 from optpipe.bench.timed.clock import metrics
-from optpipe.bench.worker import Iterate, Worker
+from optpipe.bench.worker import Iterate, Worker, _answer
 from optpipe.errors import StageError
 
 CELL = "single 1 x 4 + 3"
@@ -54,6 +58,21 @@ def test_a_worker_measures_the_delays_it_was_given(arm):
     assert waiting_s < 0.02 * 5 * planned["e2e_s"], "the parent must block, not spin"
     assert answer.peak_bytes is None or answer.peak_bytes > 1_000_000
     assert multiprocessing.active_children() == []
+
+
+def test_requests_are_dropped_before_the_answer_is_sent():
+    """What went on by itself would run beside the arm that is asked next, or in its own queue."""
+    log = []
+
+    class Recorder(Fake):
+        def drop(self):
+            log.append("dropped")
+
+    commands = iter(["load", lambda backend: log.append("ran"), None])
+    pipe = SimpleNamespace(recv=commands.__next__, send=lambda message: log.append(message[0]))
+    artifact = Artifact(path=Path(), format="fake", key="k")
+    _answer(pipe, SimpleNamespace(find=lambda _: Recorder, artifact=artifact, threads=1, dtype=""))
+    assert log == ["imported", "loaded", "ran", "dropped", "done"]
 
 
 @pytest.mark.parametrize(

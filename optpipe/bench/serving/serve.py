@@ -40,9 +40,6 @@ class Scheduler(Protocol):
     def step(self) -> Mapping[str, Sequence[int]]:
         """Work until some requests have tokens; those, by name."""
 
-    def drop(self) -> None:
-        """Forget all requests."""
-
 
 def serve(
     backend: Backend | Scheduler | Streams, feed: Feed, max_batch: int, until_ns: int, clock: Clock
@@ -86,7 +83,6 @@ def _continuous(
     for rest in live.values():
         rest.failed = clock(), UNANSWERED
         rest.leave(found)
-    engine.drop()
 
 
 def _batch(
