@@ -1,6 +1,7 @@
 """Measured ceilings, and real steps held against them (T8b)."""
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -97,10 +98,11 @@ def test_a_survey_counts_every_arm_in_a_process_of_its_own(tiny, tmp_path):
     from optpipe.artifact import Artifact
 
     artifact = Artifact(path=tiny(), format="hf", key="k")
-    cell = Cell("single", 1, 16, 4)
-    found = survey(
-        [Arm(name="a", artifact=artifact, dtype="float32", threads=1)], [cell], 1, {"a": "cpu"}
-    )
+    cell, opaque = Cell("single", 1, 16, 4), replace(artifact, format="vllm")
+    arms = [Arm(name=name, artifact=of, dtype="float32", threads=1)
+            for name, of in {"a": artifact, "engine": opaque}.items()]  # fmt: skip
+    found = survey(arms, [cell], 1, {"a": "cpu", "engine": "a GPU"})
+    assert {*found.costs} == {("a", cell)}, "a checkpoint for an engine holds no graph to count"
     assert found.costs["a", cell].decode.all_flops > 0
     assert 1e-4 < found.host_s["a", cell]["decode"] < 1, "three blocks of transformers in Python"
     assert found.ceilings["cpu"].flops_per_s["float32"] > 1e9

@@ -20,6 +20,8 @@ from optpipe.bench.scenario import Cell
 from optpipe.bench.worker import Arm
 
 CPU = "cpu"
+COUNTED = ("hf", "onnx", "ort", "tensorrt")
+"""Formats whose products can be read from their files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +58,13 @@ def survey(
 
     ``devices``: arm -> 'cpu' or the name of a GPU, as its worker told. Opens the artifacts one by
     one. Nothing else should run meanwhile: call it before the workers of a session start or after
-    they ended.
+    they ended. What an engine with kernels of its own executes is not known: it has no costs.
     """
+    known = [arm for arm in arms if arm.artifact.format in COUNTED]
+    places = {arm.name: devices[arm.name] for arm in known}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as child:
-        return child.submit(_survey, list(arms), list(cells), threads, dict(devices)).result()
+        return child.submit(_survey, known, list(cells), threads, places).result()
 
 
 def _survey(
