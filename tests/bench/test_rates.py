@@ -6,6 +6,7 @@ from test_host import CELL, MS, sample
 from optpipe.bench import rates
 from optpipe.bench.serving.request import busy
 from optpipe.bench.timed.clock import NO_STAMPS, ONE_TOKEN
+from optpipe.bench.timed.series import Turns
 
 
 def told(device_ms=(30, 4, 4), cell=CELL, **fields):
@@ -55,3 +56,10 @@ def test_what_has_no_rate_says_why():
 def test_when_so_many_spans_overlap(together, spans):
     """The third begins as the second ends; the last is only a moment."""
     assert busy([(0, 4), (1, 2), (2, 5), (7, 9), (12, 12)], together) == spans
+
+
+def test_the_rate_of_a_turn_is_all_its_tokens_by_all_its_time():
+    """Iterations of 0.1, 0.1 and 0.4 s, 6 tokens each: 18 in 0.6 s; of a latency the median."""
+    turn = Turns([sample(token_ns=(MS, 2 * MS, ms * MS)) for ms in (100, 100, 400)])
+    assert turn.by_block("tokens_per_s") == {(0, 0): pytest.approx(18 / 0.6)}
+    assert turn.by_block("e2e_s") == {(0, 0): 0.1}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -33,7 +33,7 @@ class Turns:
         return [value for of in self.metrics if (value := of[metric]) is not None]
 
     def by_block(self, metric: str, anchored: bool = False) -> dict[Place, float]:
-        """The median over the iterations of each turn.
+        """Over the iterations of each turn the median, of a rate all work by all time.
 
         ``anchored``: relative to the probe that was timed around it, where there was one.
         """
@@ -43,7 +43,8 @@ class Turns:
             if value is not None:
                 scale = sample.probe_s if anchored and sample.probe_s else 1.0
                 found[sample.session, sample.block].append(_relative(metric, value, scale))
-        return {place: median(values) for place, values in found.items()}
+        middle = _harmonic_mean if metric == "tokens_per_s" else median
+        return {place: middle(values) for place, values in found.items()}
 
     @cached_property
     def blocks(self) -> int:
@@ -81,6 +82,11 @@ def relative(turns: Mapping[str, Turns], metric: str) -> dict[str, dict[Place, f
             others = [of[place] for name, of in series.items() if name != arm and place in of]
             found[arm][place] = math.log(value / (median(others) if others else 1.0))
     return found
+
+
+def _harmonic_mean(rates: Sequence[float]) -> float:
+    """All work by all time, of rates of equal work."""
+    return len(rates) / sum(1 / rate for rate in rates)
 
 
 def _relative(metric: str, value: float, probe_s: float) -> float:
