@@ -6,6 +6,7 @@ Names and units are those of nvml.h; what a GPU does not tell is None.
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterator
 from ctypes import byref, c_char_p, c_uint, c_ulonglong, c_void_p, create_string_buffer
 from typing import Any
@@ -144,10 +145,15 @@ def _limits(library: Any, handle: c_void_p) -> list[str] | None:
 
 
 def _processes(library: Any, handle: c_void_p) -> list[int] | None:
-    """Process ids as the driver counts them, which a container may count otherwise."""
+    """The others, by process id as the driver counts, which a container may count otherwise.
+
+    This process may have a context of its own: stages before the benchmark computed there.
+    """
     count, found = c_uint(MOST_PROCESSES), (_Process * MOST_PROCESSES)()
     code = library.nvmlDeviceGetComputeRunningProcesses_v3(handle, byref(count), found)
-    return [int(one.pid) for one in found[: count.value]] if code in (OK, TOO_SMALL) else None
+    if code not in (OK, TOO_SMALL):
+        return None
+    return [int(one.pid) for one in found[: count.value] if one.pid != os.getpid()]
 
 
 def _number(call: Any, *given: Any) -> int | None:

@@ -1,6 +1,7 @@
 """What is recorded of the machine, against a driver that answers as NVML does."""
 
 import ctypes
+import os
 import subprocess
 from types import SimpleNamespace
 
@@ -139,7 +140,7 @@ def test_a_quiet_machine_passes_every_check():
 
 def test_whatever_may_spoil_it_is_named():
     busy = Driver()
-    busy.bits, busy.pids, busy.used = 0x40 | 0x1, [4711], 40 * 2**30
+    busy.bits, busy.pids, busy.used = 0x40 | 0x1, [os.getpid(), 4711], 40 * 2**30
     bad = outcome(left_out={"big": "too large"}, instrument={"tpot_error": 0.2, "passed": False})
     found = preflight.checks(host(busy, load=[3.5, 0, 0]), bad)
     assert failed(found) == [
