@@ -58,7 +58,7 @@ class Calib:
             raise ValueError(f"source must be one of {SOURCES}, got '{self.source}'")
         if self.mixture is not None and not self._mixes():
             raise ValueError(
-                "mixture must be files with shares above 0, in place of a path and with "
+                "mixture must be files, each once, with shares above 0, without a path and with "
                 f"source=text, got {self.mixture}"
             )
         if self.samples < 1 or self.tokens < 2:
@@ -90,10 +90,14 @@ class Calib:
     def _mixes(self) -> bool:
         shares = (self.mixture or {}).values()
         fitting = self.path is None and self.source == "text"
-        return fitting and bool(shares) and all(0 < share < float("inf") for share in shares)
+        once = len({Path(file) for file in self.mixture or {}}) == len(shares)
+        return fitting and once and bool(shares) and all(0 < s < float("inf") for s in shares)
 
     def _parts(self) -> dict[Path, int]:
-        """Every text and how many samples come from it, by the largest remainders."""
+        """Every text and how many samples come from it, by the largest remainders.
+
+        Raises InputError if it is none.
+        """
         if self.mixture is None:
             return {Path(self.path) if self.path else BUNDLED: self.samples}
         whole = sum(self.mixture.values())
@@ -102,7 +106,12 @@ class Calib:
         missing = self.samples - sum(counts.values())
         for file in sorted(exact, key=lambda f: counts[f] - exact[f])[:missing]:
             counts[file] += 1
-        return {Path(file): count for file, count in counts.items() if count}
+        if none := [file for file, count in counts.items() if count == 0]:
+            raise InputError(
+                f"calib.mixture gives '{none[0]}' none of calib.samples={self.samples}; raise "
+                "these or its share"
+            )
+        return {Path(file): count for file, count in counts.items()}
 
     def _windows(
         self, checkpoint: Checkpoint, file: Path, samples: int, generator: torch.Generator
@@ -133,14 +142,14 @@ class Calib:
         Warns where a Gram matrix would have fewer than FEWEST tokens for each input.
         """
         facts = self.facts()
-        if statistic in (Gram, Cross):
+        if isinstance(statistic, type) and issubclass(statistic, Gram):
             forms = layers(checkpoint)
             widest = max((forms[name].cols for name in wanted), default=1)
             facts["calib_tokens_per_input"] = per_input = self.samples * self.tokens / widest
             if per_input < FEWEST:
                 log.warning(
-                    "calibration: %.1f tokens for each of %d inputs; below %d, what is solved for "
-                    "fits the text rather than the layer: raise calib.samples to %d",
+                    "calibration: %.1f tokens for each of %d inputs; below %d, weights that are "
+                    "solved for fit the text rather than the layer: raise calib.samples to %d",
                     *(per_input, widest, FEWEST, -(-FEWEST * widest // self.tokens)),
                 )
         return Observation(

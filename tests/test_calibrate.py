@@ -6,9 +6,11 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from optpipe.calibrate import Calib, Gram, Squares, _read
+from optpipe.calibrate import Calib, Cross, Gram, Squares, _read
 from optpipe.checkpoint import Checkpoint
 from optpipe.errors import InputError
+from optpipe.quant.fourbits import Seen
+from optpipe.structure.width import Moments
 
 
 @pytest.fixture
@@ -93,6 +95,11 @@ def test_statistics_do_not_depend_on_how_inputs_arrive():
     exact = x.double().T @ x.double()
     torch.testing.assert_close(gram.mean_CC, exact / 90, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(squares.norm_C, exact.diagonal().sqrt(), atol=1e-12, rtol=1e-9)
+    factor, divided = torch.rand(7) + 0.1, Gram(7)
+    divided.add(x / factor)
+    gram.divide(factor)
+    torch.testing.assert_close(gram.mean_CC, divided.mean_CC, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(gram.mean_abs_C, divided.mean_abs_C, atol=1e-6, rtol=1e-5)
 
 
 def test_a_broken_tokenizer_or_one_of_another_model_is_one_clear_error(folder, tmp_path):
@@ -136,6 +143,8 @@ def test_a_mixture_takes_windows_of_every_text_by_its_share(folder, tmp_path):
     assert calib.facts()["calib_text"] == files
     alone = Calib(path=next(iter(files)), samples=4, tokens=16).ids(Checkpoint(folder))
     assert torch.equal(ids[:4], alone)
+    with pytest.raises(InputError, match=r"gives '.*2.txt' none of calib.samples=2; raise these"):
+        Calib(mixture=files, samples=2, tokens=16).ids(Checkpoint(folder))
 
 
 @pytest.mark.parametrize(
@@ -143,21 +152,23 @@ def test_a_mixture_takes_windows_of_every_text_by_its_share(folder, tmp_path):
     [
         {"mixture": {}},
         {"mixture": {"a.txt": 0.0}},
+        {"mixture": {"a.txt": 1.0, "./a.txt": 1.0}},
         {"mixture": {"a.txt": 1.0}, "path": "b.txt"},
         {"mixture": {"a.txt": 1.0}, "source": "random"},
     ],
 )
 def test_a_mixture_that_says_nothing_is_refused(fields):
-    with pytest.raises(ValueError, match="mixture must be files with shares above 0"):
+    with pytest.raises(ValueError, match="mixture must be files, each once, with shares above 0"):
         Calib(**fields)
 
 
+@pytest.mark.parametrize("statistic", [Gram, Cross, Moments, Seen])
 @pytest.mark.parametrize(("samples", "warned"), [(12, False), (11, True)])
-def test_few_tokens_for_each_input_are_warned_of_and_told(tiny, caplog, samples, warned):
+def test_few_tokens_for_each_input_are_warned_of_and_told(statistic, tiny, caplog, samples, warned):
     """down_proj has 96 inputs: 8 tokens for each are 12 samples of 64."""
     calib = Calib(source="random", samples=samples, tokens=64)
     wanted = frozenset({"model.layers.0.mlp.down_proj", "model.layers.0.mlp.up_proj"})
-    observation = calib.observe(Checkpoint(tiny()), wanted, Gram)
+    observation = calib.observe(Checkpoint(tiny()), wanted, statistic)
     assert observation.facts["calib_tokens_per_input"] == pytest.approx(samples * 64 / 96)
     assert ("raise calib.samples to 12" in caplog.text) == warned
     caplog.clear()

@@ -18,14 +18,15 @@ from optpipe.quant.inputs import Magnitudes, WeightsAndInputs
 METHODS = ("gptq", "rtn")
 
 
-class Seen:
+class Seen(Gram):
     """What GPTQ and what the scale of inputs need to know."""
 
     def __init__(self, inputs: int) -> None:
-        self.gram, self.magnitudes = Gram(inputs), Magnitudes(inputs)
+        super().__init__(inputs)
+        self.magnitudes = Magnitudes(inputs)
 
     def add(self, x_NC: Tensor) -> None:
-        self.gram.add(x_NC)
+        super().add(x_NC)
         self.magnitudes.add(x_NC)
 
 
@@ -56,9 +57,9 @@ class FourBits(WeightsAndInputs):
         """``statistic`` is a Seen, or None where data changes nothing."""
         if self.method == "gptq":
             gptq = Gptq(clip=self.clip, calib=self.calib)
-            quantized = gptq.quantize(layer, weight_RC, form, statistic.gram)
+            quantized = gptq.quantize(layer, weight_RC, form, statistic)
         else:
-            power_C = None if statistic is None else statistic.gram.mean_CC.diagonal()
+            power_C = None if statistic is None else statistic.mean_CC.diagonal()
             grid = fit_clip(weight_RC, form, self.clip, power_C)
             quantized = grid.module(grid.encode(weight_RC), layer)
         if statistic is not None and self.calibrated:

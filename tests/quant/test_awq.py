@@ -12,6 +12,7 @@ from optpipe.linear import Form, mask_of, weight_of
 from optpipe.lowrank.svd import Svd
 from optpipe.prune.magnitude import Magnitude
 from optpipe.quant.awq import Awq, output_loss
+from optpipe.quant.clip import fit_output
 from optpipe.quant.grid import fit
 from optpipe.quant.rtn import Rtn
 
@@ -100,6 +101,23 @@ def test_outliers_in_a_trained_like_model_lose_less(run, tiny, tmp_path):
         for stage in (awq, Rtn(bits=3, group_size=32))
     )
     assert ours < 0.7 * plain
+
+
+def test_ranges_are_clipped_for_the_inputs_as_they_are_once_divided(run, tiny):
+    """Hooks on the rounded model see what its first block feeds its layers."""
+    before = Checkpoint(tiny())
+    made = Checkpoint(run(Awq(group_size=32, bits=3, calib=run.calib), tiny()).path)
+    block, lm, seen = before.decoder.blocks[0], model.load(made), []
+    lm.get_submodule(block.qkv[1]).register_forward_pre_hook(lambda _, a: seen.append(a[0]))
+    with torch.no_grad():
+        lm(run.calib.ids(before))
+    old, new = (c.get(f"{block.attn_norm}.weight") for c in (before, made))
+    scaled = before.get(f"{block.qkv[1]}.weight") * (old / new)
+    gram = gram_of(seen[0].flatten(0, 1)).mean_CC
+    expected = fit_output(scaled, made.forms[block.qkv[1]], gram).scales_RG
+    found = model.layer(block.qkv[1], made.forms, made).scales
+    assert (found == expected).float().mean() > 0.95  # rounding in ties
+    assert (expected != fit(scaled, made.forms[block.qkv[1]]).scales_RG).float().mean() > 0.5
 
 
 def test_masks_survive_and_low_rank_layers_are_scaled_too(run, tiny):

@@ -95,6 +95,8 @@ def test_gptq_gains_by_it(layer, output_error):
                 torch.nn.Linear(64, 32, bias=False), weight, form, statistic
             )
             errors[clip] += output_error(made.dequantize() - weight, x)
+            power = x.square().mean(0)
+            assert torch.equal(made.scales, fit_clip(weight, form, clip, power).scales_RG)
     assert errors["mse"] < 0.9 * errors["minmax"] and errors["hessian"] < 0.9 * errors["minmax"]
 
 
