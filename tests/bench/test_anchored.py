@@ -78,6 +78,15 @@ def test_what_the_machine_became_in_between_cancels_and_no_verdict_is_drawn(alte
     assert np.allclose(sorted(probes), [0.01, 0.02])
 
 
+@pytest.mark.parametrize("alternating", [{"blocks": 1, "max_blocks": 256}], indirect=True)
+def test_a_run_of_many_looks_has_as_many_pairs_as_an_interval_at_its_level_takes(alternating):
+    """Nine looks: 8 pairs would have none."""
+    outcome, loads, _ = alternating
+    assert len(outcome.bench.looks) == 9 and len(loads) == 10
+    entry = report.build(outcome, FACTS)["artifacts"][1]["cells"][0]["speedup"]["tpot_s"]
+    assert entry["ci"] is not None and entry["ratio"] == pytest.approx(2, rel=0.02)
+
+
 @pytest.mark.parametrize("alternating", [{"budget_s": 1e-9}], indirect=True)
 def test_the_time_budget_ends_it_and_the_arm_is_judged_all_the_same(alternating):
     outcome, loads, judged = alternating

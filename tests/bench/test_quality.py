@@ -226,6 +226,7 @@ def test_bad_values_are_refused(tmp_path):
     binary.write_bytes(b"\xff" * 100)
     for fields, message in [
         ({"windows": 0}, "windows=0"),
+        ({"windows": 1, "required": "near"}, "windows=1: at least 2 is needed with .*=near"),
         ({"max_perplexity_increase": -0.1}, "max_perplexity_increase=-0.1"),
         ({"required": "perfect"}, "required='perfect': allowed are null, lossless, near, comp"),
         ({"text": str(tmp_path / "none.txt")}, "none.txt': No such file"),

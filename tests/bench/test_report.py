@@ -355,12 +355,12 @@ def test_a_whole_run_of_a_real_model(tiny, tmp_path, capfd):
         Artifact(path=tiny(), format="hf", key="k", lineage=line, stats={"sparsity": 0.5})
         for line in ((), ("copy",))
     ]
-    quality = QualityConfig(windows=1, required="lossless", max_perplexity_increase=0.0)
+    quality = QualityConfig(windows=2, required="lossless", max_perplexity_increase=0.0)
     bench = BenchConfig(
         blocks=6, max_blocks=6, warmup=2, warmup_s=0, dtypes=["float32"], threads=1, quality=quality
     )
     scenarios = {"single": Scenario(prompt_tokens=[16], new_tokens=4)}
-    with pytest.raises(GateError, match="'copy' has no tier, 'lossless' is required: one window"):
+    with pytest.raises(GateError, match="'copy' is near, 'lossless' is required"):
         run(made, bench, scenarios, tmp_path / "out", {"command": ["optpipe"], "overrides": []})
     built = json.loads((tmp_path / "out" / "report.json").read_text())
     check_nulls(built)

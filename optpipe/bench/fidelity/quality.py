@@ -61,8 +61,10 @@ class QualityConfig:
     """Largest accepted rise over the baseline, 0.1 for 10 %; more makes the exit code 3."""
 
     def __post_init__(self) -> None:
-        if self.windows < 1:
-            raise InputError(f"bench.quality.windows={self.windows}: at least 1 is needed")
+        least = 2 if self.required else 1  # a tier is shown by intervals; one window has none
+        if self.windows < least:
+            why = f"needed with bench.quality.required={self.required}"
+            raise InputError(f"bench.quality.windows={self.windows}: at least {least} is {why}")
         if self.text is not None:
             _check_text(Path(self.text))
         if self.required is not None and self.required not in TIERS:

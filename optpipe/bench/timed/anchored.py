@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from optpipe.bench.evidence.statistics import fewest_pairs
 from optpipe.bench.outcome import Outcome
 from optpipe.bench.resident import Reside, Residents
 from optpipe.bench.scenario import Cell
@@ -20,7 +21,7 @@ from optpipe.bench.timed.timing import WARM, Timer
 from optpipe.stage import Progress
 
 PAIRS = 8
-"""Enough for an interval at every level that a run with up to eight looks asks for."""
+"""Fewest pairs; enough for an interval at the level of a run with up to six looks."""
 PROBE_VALUES = 4_000_000
 PROBE_ROWS = 384
 
@@ -41,7 +42,7 @@ class Alternation:
 
     def run(self) -> None:
         """Load each arm in turn and time all cells; samples are added to the outcome."""
-        residences = schedule(self.outcome.baseline, self.name, PAIRS)
+        residences = schedule(self.outcome.baseline, self.name, self.wanted)
         last = max(i for i, (name, _) in enumerate(residences) if name == self.name)
         end_s = time.monotonic() + self.outcome.bench.budget_s
         for index, (name, blocks) in enumerate(residences):
@@ -63,9 +64,15 @@ class Alternation:
             if not blocks:
                 return
 
+    @property
+    def wanted(self) -> int:
+        """Pairs, enough for an interval at the level of the run."""
+        return max(PAIRS, fewest_pairs(self.outcome.bench.level))
+
     def _explain(self, pairs: int) -> None:
         """Why there are fewer pairs than wanted."""
-        why = f"(bench.budget_s={self.outcome.bench.budget_s:g}) ended it after {pairs} of {PAIRS}"
+        bench = self.outcome.bench
+        why = f"(bench.budget_s={bench.budget_s:g}) ended it after {pairs} of {self.wanted}"
         for cell in self.outcome.cells:
             self.outcome.measured.stopped.setdefault(cell, f"the time budget {why} pairs")
 
