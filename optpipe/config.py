@@ -189,7 +189,11 @@ def explain(error: Exception) -> str:
 
 def _field_error(error: OmegaConfBaseException, name: str) -> str:
     if isinstance(error, ConfigAttributeError | ConfigKeyError):
-        return _key_error(error, prefix=f"{name}.")
+        said, key = _key_error(error, prefix=f"{name}."), str(error.full_key)
+        options = (data_dir("conf") / name).glob("*.yaml")
+        if any(key in OmegaConf.load(option) for option in options):
+            said += f"; another option of {name} has it: if a recipe sets it, add '~{name}.{key}'"
+        return said
     key = f"{name}.{error.full_key}" if error.full_key else name
     if isinstance(error, MissingMandatoryValue):
         return f"{key} has no value; give one: {key}=..."

@@ -54,6 +54,11 @@ def test_fields_arrive_typed():
             {"name": "a", "bitz": 3},
             "unknown key of quant 'bitz'; did you mean 'bits'? allowed: bits",
         ),
+        (
+            {"name": "a", "group_size": 3},
+            "unknown key of quant 'group_size'; allowed: bits, data, name, rows; another option "
+            "of quant has it: if a recipe sets it, add '~quant.group_size'",
+        ),
         ({"name": "a", "data": {"sample": 3}}, "unknown key of quant.data 'sample'; did you mean"),
         ({"name": "a", "bits": "x"}, "quant.bits: Value 'x' of type 'str'"),
         ({"name": "a", "bits": 3.0}, "quant.bits: Value '3.0' of type 'float'"),
