@@ -61,10 +61,12 @@ CONFIGS = {
 FAMILIES = [*CONFIGS]
 
 
-def save_random(family, folder):
+def save_random(family, folder, changes):
     """A random model of this family: weights large enough that its logits are not flat."""
     torch.manual_seed(0)
-    lm = transformers.AutoModelForCausalLM.from_config(CONFIGS[family]())
+    config = CONFIGS[family]()
+    config = type(config)(**{**config.to_dict(), **changes}) if changes else config
+    lm = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in lm.parameters():
             if parameter.dim() == 1:  # norms and biases that do nothing would test nothing
@@ -76,14 +78,18 @@ def save_random(family, folder):
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """tiny(family) -> folder of a model of 3 blocks with 128 tokens of context, made once."""
+    """tiny(family) -> folder of a model of 3 blocks with 128 tokens of context, made once.
+
+    Keywords change its config; None lets transformers work a value out.
+    """
     made = {}
 
-    def folder(family="llama"):
-        if family not in made:
-            made[family] = tmp_path_factory.mktemp(family)
-            save_random(family, made[family])
-        return made[family]
+    def folder(family="llama", **changes):
+        key = (family, *changes.items())
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp(family)
+            save_random(family, made[key], changes)
+        return made[key]
 
     return folder
 

@@ -11,39 +11,27 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import fake_builder
-import numpy as np
 import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from optpipe import model
 from optpipe.artifact import Artifact
-from optpipe.bench.backend import backend_class, open_backend
+from optpipe.bench.backend import backend_class
 from optpipe.bench.ort import Ort
-from optpipe.build import nvidia, plan, substitute, tensorrt
-from optpipe.build.generate import Engine
+from optpipe.build import nvidia, plan, tensorrt
 from optpipe.build.nvidia import Package
 from optpipe.build.tensorrt import TensorRT, about, check_files
-from optpipe.build.twin import exact_checkpoint, exact_graph, runnable_graph
-from optpipe.build.validity import malformed, unfit
+from optpipe.build.validity import unfit
 from optpipe.cache.static import KvCache
 from optpipe.calibrate import Calib
-from optpipe.checkpoint import Checkpoint, copy_side_files
+from optpipe.checkpoint import Checkpoint
 from optpipe.config import build, data_dir
 from optpipe.errors import GateError, InputError
-from optpipe.export.graph import read
 from optpipe.export.onnx import Onnx
 from optpipe.linear import Form
-from optpipe.lowrank.svd import Svd
 from optpipe.prune.magnitude import Magnitude
-from optpipe.quant.fp8 import Fp8
-from optpipe.quant.int8 import Int8
-from optpipe.quant.mxfp8 import Mxfp8
-from optpipe.quant.nvfp4 import Nvfp4
-from optpipe.quant.rtn import Rtn
-from optpipe.residual.qera import Qera
 from optpipe.stage import Limits
 from optpipe.verify import check_full, verify
 
@@ -336,24 +324,6 @@ def test_a_quantized_cache_is_refused(graph, run, tiny):
             TensorRT().follow(earlier, Checkpoint(source))
 
 
-FAMILIES = ("llama", "qwen3", "phi3", "gemma2", "gpt2")
-FORMATS = {
-    "int4 g32": Rtn(bits=4, group_size=32),
-    "int4 channel": Rtn(bits=4, group_size=-1),
-    "int3 g32": Rtn(bits=3, group_size=32),
-    "int8 channel": Rtn(bits=8, group_size=-1),
-    "int8 g32": Rtn(bits=8, group_size=32),
-    "int8 W8A8": Int8(calib=CALIB),
-    "fp8 W8A8": Fp8(calib=CALIB),
-    "fp8 W8A8, one scale a channel": Fp8(weights="channel", calib=CALIB),
-    "fp8 channel": Rtn(number="fp8", bits=8, group_size=-1),
-    "nvfp4 W4A4": Nvfp4(activations="block", method="rtn", clip="minmax", calib=CALIB),
-    "mxfp8 W8A8": Mxfp8(activations="block"),
-    "2:4": Magnitude(pattern="2:4"),
-    "low rank": Svd(keep=0.8, rank_multiple=4),
-}
-
-
 @pytest.fixture
 def rtx():
     return pytest.importorskip("tensorrt_rtx")
@@ -365,133 +335,6 @@ def test_an_engine_that_takes_more_than_it_holds_is_refused(no_package, graph, r
     monkeypatch.setattr(Ort, "score", lambda self, ids: ids)
     with pytest.raises(GateError, match="takes more than the 64 tokens it holds"):
         check_full(made)
-
-
-def test_a_plan_of_a_corrected_layer(graph, run, tiny, rtx):
-    """Codes and a low-rank residual beside them."""
-    layers = [name for name in model.layers(Checkpoint(tiny())) if name.endswith("up_proj")]
-    quantized = run(Rtn(bits=4, group_size=32, targets=layers), tiny())
-    stage = Qera(rank=8, targets=layers, calib=CALIB)
-    planned = stage.plan(model.layers(Checkpoint(quantized.path)))
-    assert TensorRT().plan(planned) == planned
-    out = quantized.path.with_name("corrected")
-    out.mkdir()
-    stage.run_with(quantized, Artifact(path=tiny(), format="hf", key="k"), out, lambda *_: None)
-    made = run(TensorRT(), graph(out, capacity=48))
-    assert_whole(made, rtx)
-    assert_right_at_every_depth(made.path, replace(quantized, path=out), 5e-3)
-
-
-@pytest.mark.parametrize("form", FORMATS)
-def test_plans_are_built_of_every_format(form, graph, run, tiny, rtx, tmp_path):
-    """An input that lies between two codes goes up on one side and down on the other: without
-    the rounding of inputs, both sides are as close as without codes."""
-    source = run(FORMATS[form], tiny())
-    made = run(TensorRT(), graph(source, capacity=48))
-    assert_whole(made, rtx)
-    assert ("sparse_weights" in about(made.path)["flags"]) == (form == "2:4")
-    if "W8A8" in form or "W4A4" in form:
-        tolerance = {"int8": 0.05, "nvfp4": 0.3}.get(form.split()[0], 0.1)
-        assert_right_at_every_depth(runnable(made, tmp_path / "same"), source, tolerance)
-        made, source = unrounded(made, tmp_path / "graph"), unrounded(source, tmp_path / "model")
-    assert_right_at_every_depth(made.path, source, 5e-3)
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_plans_are_built_of_floats(dtype, graph, run, tiny, rtx, tmp_path):
-    """ONNX Runtime multiplies no bfloat16: its values are computed with in float32."""
-    made = run(TensorRT(), graph(capacity=48, dtype=dtype))
-    source = Artifact(path=tiny(), format="hf", key="k")
-    assert_whole(made, rtx)
-    if dtype == "bfloat16":
-        made = unrounded(made, tmp_path / "graph")
-    assert_right_at_every_depth(made.path, source, 3e-2 if dtype == "bfloat16" else 5e-3)
-
-
-def unrounded(artifact, folder):
-    """With the same weights, inputs as they come; bfloat16 values in float32."""
-    folder.mkdir()
-    if artifact.format == "hf":
-        exact_checkpoint(artifact.path, folder)
-    else:
-        exact_graph(artifact.path, folder)
-        copy_side_files(artifact.path, folder)
-    return replace(artifact, path=folder)
-
-
-def runnable(artifact, folder):
-    """What ONNX Runtime runs: the very bytes, or what stands for operators that it lacks."""
-    if not substitute.needed(onnx.load(artifact.path / "model.onnx", load_external_data=False)):
-        return artifact.path
-    folder.mkdir()
-    runnable_graph(artifact.path, folder)
-    copy_side_files(artifact.path, folder)
-    return folder
-
-
-def test_plans_of_weights_alone_in_blocks(graph, run, tiny, rtx, tmp_path):
-    """nvfp4 in attention, mxfp8 in the MLP; for the GPUs that have fp4."""
-    attention = Nvfp4(method="rtn", clip="mse", targets=["*.self_attn.*"])
-    source = run(Mxfp8(targets=["*.mlp.*"]), run(attention, tiny()))
-    made = run(TensorRT(target="sm120"), graph(source, capacity=48))
-    assert_whole(made, rtx)
-    assert about(made.path)["target"] == "sm120"
-    assert_right_at_every_depth(runnable(made, tmp_path / "same"), source, 5e-3)
-    assert nvidia.portable(read(made.path).graph) == "sm120 and later"
-
-
-def assert_right_at_every_depth(folder, source, tolerance):
-    """The very bytes: rows of different lengths, a chunk, decoding until the cache is full."""
-    ids = np.random.default_rng(0).integers(3, 288, (2, 49))
-    lengths = np.array([9, 4])
-    torch_side, ours = open_backend(source), Engine(folder, 1)
-    calls = [lambda b: b.prefill(ids[:, :9], lengths), lambda b: b.extend(ids[:, 9:20])]
-    calls += [lambda b, t=t: b.decode(ids[:, t]) for t in range(20, 48)]
-    for call in calls:
-        got, expected = call(ours), call(torch_side)
-        assert np.sqrt(np.mean((got - expected) ** 2)) < tolerance * expected.std()
-    with pytest.raises(ValueError, match="49 tokens exceed the engine's capacity of 48"):
-        ours.decode(ids[:, 48])
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_plans_are_built_of_every_family_with_layers_of_every_format(name, graph, run, tiny, rtx):
-    source, layers = tiny(name), [*model.layers(Checkpoint(tiny(name)))]
-    layers.remove("lm_head")
-    formats = [method for form, method in FORMATS.items() if form != "int3 g32"]  # as int4 is
-    for index, method in enumerate(formats):
-        targets = layers[index :: len(formats)]
-        assert targets
-        source = run(replace(method, targets=targets), source)
-    made = run(TensorRT(), graph(source))
-    assert_whole(made, rtx)
-    kinds = {kind for kind, _ in weights(made.path)}
-    types = onnx.TensorProto
-    assert {types.INT4, types.INT8, types.FLOAT8E4M3FN, types.FLOAT16, types.FLOAT4E2M1} <= kinds
-
-
-def weights(folder):
-    """Type and shape of every initializer."""
-    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
-    return [(proto.data_type, tuple(proto.dims)) for proto in graph.initializer]
-
-
-def assert_whole(made, rtx):
-    """A plan that TensorRT recognizes, and a sidecar that says all of it."""
-    check_files(made.path)
-    file, told = made.path / tensorrt.PLAN, about(made.path)
-    assert not malformed(rtx, file) and malformed(rtx, made.path / tensorrt.DATA)
-    assert told["package"] == "tensorrt_rtx" and told["version"] == rtx.__version__
-    assert set(told["sha256"]) == {f.name for f in made.path.iterdir()} - {tensorrt.SIDECAR}
-    graph = onnx.load(made.path / "model.onnx", load_external_data=False).graph
-    tensors = {entry["name"]: entry for entry in told["tensors"]}
-    assert tensors.keys() == {v.name for v in (*graph.input, *graph.output)}
-    assert tensors["logits"]["shape"] == ["B", "L", 288] and tensors["logits"]["dtype"] in (
-        "half",
-        "bf16",
-    )
-    assert tensors["past_key_values.0.key"]["shape"][0] == "B"
-    assert list(told["profiles"]) == ["prefill", "decode"]
 
 
 def test_options_reach_the_builder(graph, run, rtx, monkeypatch):
