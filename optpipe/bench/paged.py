@@ -23,6 +23,9 @@ SLACK_BYTES = 4_000_000_000
 """Activations, CUDA graphs and libraries, beside weights and cache."""
 CONTEXT = 32768
 """Longest sequence, unless the model's own context is shorter."""
+ROOM = 1
+"""An engine takes a full window, to tell its log-probabilities, only with a token after it, which
+it never reads. Where the window is the context of the model, each must be told to allow that."""
 
 
 class Paged(Backend):

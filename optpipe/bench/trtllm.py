@@ -7,6 +7,7 @@ works on its own: streams are read as they come.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -16,8 +17,9 @@ import torch
 from optpipe.artifact import Artifact
 from optpipe.bench.backend import Logits
 from optpipe.bench.endpoint import HOST, Endpoint
-from optpipe.bench.paged import KV_TOKENS, Paged, unusable
+from optpipe.bench.paged import KV_TOKENS, ROOM, Paged, unusable
 
+SETTINGS = {"TLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}  # see paged.ROOM
 CACHE = {"max_tokens": KV_TOKENS, "enable_block_reuse": False}
 
 
@@ -25,6 +27,7 @@ class Trtllm(Paged):
     """A unified checkpoint in TensorRT-LLM; no prefix is ever reused."""
 
     def __init__(self, artifact: Artifact, threads: int, dtype: str) -> None:
+        os.environ.update(SETTINGS)
         from tensorrt_llm import LLM, SamplingParams  # takes seconds, and is rarely installed
         from tensorrt_llm.llmapi import KvCacheConfig
 
@@ -33,7 +36,7 @@ class Trtllm(Paged):
             model=str(artifact.path),
             skip_tokenizer_init=True,
             dtype=self.dtype,
-            max_seq_len=self.capacity,
+            max_seq_len=self.capacity + ROOM,
             kv_cache_config=KvCacheConfig(**CACHE),
         )
         self._params = SamplingParams
@@ -86,12 +89,13 @@ class TrtllmEndpoint(Endpoint):
     ask: ClassVar[Mapping[str, object]] = {"detokenize": False}
 
     def command(self, artifact: Artifact, port: int) -> Sequence[str]:
+        os.environ.update(SETTINGS)
         settings = artifact.path.with_name(f"{artifact.path.name}-endpoint.yaml")
         settings.write_text(json.dumps({"kv_cache_config": CACHE}))  # JSON is YAML
         options = {
             "host": HOST,
             "port": port,
-            "max_seq_len": self.capacity,
+            "max_seq_len": self.capacity + ROOM,
             "extra_llm_api_options": settings,
         }
         given = [text for key, value in options.items() for text in (f"--{key}", str(value))]

@@ -17,7 +17,7 @@ import torch
 from optpipe.artifact import Artifact
 from optpipe.bench.backend import Logits
 from optpipe.bench.endpoint import HOST, NAME, Endpoint
-from optpipe.bench.paged import Paged, kv_bytes, unusable
+from optpipe.bench.paged import ROOM, Paged, kv_bytes, unusable
 from optpipe.checkpoint import Checkpoint
 
 SETTINGS = {
@@ -26,10 +26,8 @@ SETTINGS = {
 }
 OFFLINE = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # no process between us and the engine
-    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # see ROOM
+    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # see paged.ROOM
 }
-ROOM = 1
-"""It tells log-probabilities of a full window only with a token after it, which it never reads."""
 
 
 class Vllm(Paged):

@@ -81,12 +81,10 @@ def build(request: Request, folder: Path, out: Path, progress: Progress) -> Buil
     config = builder.create_builder_config()
     sparse = sparse24(folder)
     _configure(trt, config, request, bool(sparse))
+    timings = _attach_timings(config, request.timing_cache)
     profiles = {n: shapes(graph, sizes) for n, sizes in request.profiles.items()}
     for name, inputs in profiles.items():
-        profile = builder.create_optimization_profile()
-        for tensor_name, (least, typical, most) in inputs.items():
-            profile.set_shape(tensor_name, least, typical, most)
-        if config.add_optimization_profile(profile) < 0:
+        if not _add_profile(builder, config, inputs):
             raise RuntimeError(f"TensorRT refuses profile '{name}': {logger.said()}")
 
     def shown(phase: str, done: int, total: int) -> None:
@@ -102,7 +100,8 @@ def build(request: Request, folder: Path, out: Path, progress: Progress) -> Buil
     if plan is None:
         raise RuntimeError(f"TensorRT built nothing: {logger.said()}")
     out.write_bytes(plan)
-    _save_timings(config, request.timing_cache)
+    if timings is not None:
+        timings.write_bytes(config.get_timing_cache().serialize())
     tensors = table(network, graph)
     return Built(tensors=tensors, profiles=profiles, sparse24=sparse, warnings=logger.warnings)
 
@@ -141,6 +140,14 @@ def shapes(graph: GraphProto, sizes: dict[str, Range]) -> Shapes:
     return found
 
 
+def _add_profile(builder: Any, config: Any, inputs: Shapes) -> bool:
+    """Whether TensorRT takes it."""
+    profile = builder.create_optimization_profile()
+    for name, (least, typical, most) in inputs.items():
+        profile.set_shape(name, least, typical, most)
+    return int(config.add_optimization_profile(profile)) >= 0
+
+
 def _configure(trt: Any, config: Any, request: Request, sparse: bool) -> None:
     flags = [*request.flags, *(["sparse_weights"] if sparse else [])]
     for flag in flags:
@@ -154,15 +161,23 @@ def _configure(trt: Any, config: Any, request: Request, sparse: bool) -> None:
     if request.target is not None and request.package.name != FULL:
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(trt.ComputeCapability, request.target.upper()), 0)
-    if request.timing_cache is not None:
-        known = request.timing_cache.read_bytes() if request.timing_cache.is_file() else b""
-        config.set_timing_cache(config.create_timing_cache(known), False)
 
 
-def _save_timings(config: Any, file: Path | None) -> None:
-    if file is not None:
-        timings = config.get_timing_cache()
-        file.write_bytes(timings.serialize())
+def _attach_timings(config: Any, file: Path | None) -> Path | None:
+    """Give the builder the timings of earlier builds; where to write those of this one, if it may.
+
+    Those of another GPU or TensorRT do not bind this build, and are not written over.
+    """
+    if file is None:
+        return None
+    timings = config.create_timing_cache(file.read_bytes() if file.is_file() else b"")
+    if timings is not None and config.set_timing_cache(timings, False):
+        return file
+    log.warning(
+        "timing_cache: '%s' is of another GPU or another TensorRT; the plan is built without, and "
+        "the file stays as it is", file
+    )  # fmt: skip
+    return None
 
 
 def table(network: Any, graph: GraphProto) -> list[dict[str, Any]]:

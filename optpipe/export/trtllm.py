@@ -73,8 +73,10 @@ REQUESTS, PROMPT, NEW = 32, 128, 128
 """What bench.sh runs: requests, tokens in, tokens out."""
 SERVE = """\
 #!/bin/sh
-# An OpenAI endpoint of this model on port 8000; more options as arguments.
-exec trtllm-serve "$(dirname "$0")" --max_seq_len {context} "$@"
+# An OpenAI endpoint of this model on port 8000; more options as arguments. Room for a token after
+# a prompt that fills the context of the model.
+export TLLM_ALLOW_LONG_MAX_MODEL_LEN=1
+exec trtllm-serve "$(dirname "$0")" --max_seq_len {length} "$@"
 """
 BENCH = """\
 #!/bin/sh
@@ -288,7 +290,7 @@ def _write_commands(checkpoint: Checkpoint, out: Path) -> None:
     ]  # fmt: skip
     (out / "bench.jsonl").write_text("\n".join(lines) + "\n")
     scripts = {
-        "serve.sh": SERVE.format(context=decoder.context),
+        "serve.sh": SERVE.format(length=decoder.context + 1),
         "bench.sh": BENCH.format(requests=REQUESTS, prompt=prompt, new=new),
     }
     for name, text in scripts.items():

@@ -189,7 +189,7 @@ def test_trtllm_serve_gets_the_cache_of_the_offline_arm(tiny, tmp_path, monkeypa
     made = TrtllmEndpoint.__new__(TrtllmEndpoint)
     made._open(artifact)
     *command, settings = made.command(artifact, 8123)
-    wanted = f"trtllm-serve serve {artifact.path} --host 127.0.0.1 --port 8123 --max_seq_len 128"
+    wanted = f"trtllm-serve serve {artifact.path} --host 127.0.0.1 --port 8123 --max_seq_len 129"
     assert " ".join(command) == f"{wanted} --extra_llm_api_options"
     cache = {"max_tokens": paged.KV_TOKENS, "enable_block_reuse": False}
     assert json.loads(Path(settings).read_text()) == {"kv_cache_config": cache}

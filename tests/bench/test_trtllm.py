@@ -1,5 +1,6 @@
 """The backend against a stand-in for TensorRT-LLM's LLM API, which adds the last two tokens up."""
 
+import os
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -48,6 +49,8 @@ class Llm:
 
     def generate(self, row, params, use_tqdm):
         assert params["return_context_logits"] and params["max_tokens"] == 1
+        if self.given["max_seq_len"] - len(row) < 1:
+            raise ValueError("default_max_tokens must be greater than 0")
         found = np.stack([logits(row[: n + 1]) for n in range(len(row))])
         return SimpleNamespace(context_logits=torch.from_numpy(found))
 
@@ -57,6 +60,7 @@ class Llm:
 
 @pytest.fixture
 def backend(monkeypatch, tiny):
+    monkeypatch.delenv("TLLM_ALLOW_LONG_MAX_MODEL_LEN", raising=False)
     package, api = ModuleType("tensorrt_llm"), ModuleType("tensorrt_llm.llmapi")
     package.LLM, package.SamplingParams, api.KvCacheConfig = Llm, dict, dict
     monkeypatch.setitem(sys.modules, "tensorrt_llm", package)
@@ -95,4 +99,11 @@ def test_scores_are_log_probabilities(backend):
 def test_the_cache_is_capped_as_that_of_vllm(backend):
     config = backend._llm.given["kv_cache_config"]
     assert config == {"max_tokens": paged.KV_TOKENS, "enable_block_reuse": False}
-    assert backend._llm.given["max_seq_len"] == 128
+
+
+def test_a_full_window_is_scored(backend):
+    """With a token after it, beyond the context of the model."""
+    assert backend.capacity == 128 and os.environ["TLLM_ALLOW_LONG_MAX_MODEL_LEN"] == "1"
+    backend.score(np.ones((1, 128), dtype=int))
+    with pytest.raises(ValueError, match="default_max_tokens"):
+        backend._log_probs([1] * 129)

@@ -218,6 +218,16 @@ def test_what_tensorrt_is_asked_for_on_a_gpu(packages, graph, run, tiny, tmp_pat
         assert found is why or why in found
 
 
+@pytest.mark.parametrize("content", [b"other GPU;", b"junk"])
+def test_timings_of_another_gpu_are_left_alone(content, packages, graph, run, tmp_path, caplog):
+    packages("sm90")
+    cache = tmp_path / "timings"
+    cache.write_bytes(content)
+    assert about(run(TensorRT(timing_cache=str(cache)), graph()).path)["plan"]
+    assert fake_builder.configs[0].cache is None and cache.read_bytes() == content
+    assert "timings' is of another GPU or another TensorRT; the plan is built" in caplog.text
+
+
 def test_a_plan_of_tensorrt_is_for_its_gpu(packages, graph, run):
     packages("sm90")
     told = about(run(TensorRT(), graph()).path)

@@ -159,7 +159,8 @@ def test_commands_say_where_the_model_is_and_run_what_they_say(run, half):
     assert {line["output_tokens"] for line in lines} == {64}  # 128 tokens of context in all
     for name, command in (("serve.sh", "trtllm-serve"), ("bench.sh", "trtllm-bench")):
         text = (made.path / name).read_text()
-        assert f"exec {command} " in text and os.access(made.path / name, os.X_OK)
+        assert f"exec {command} " in text and ("max_seq_len 129" in text) == (name == "serve.sh")
+        assert os.access(made.path / name, os.X_OK)
     assert "32 requests of 64 tokens in and 64 out" in text
 
 
