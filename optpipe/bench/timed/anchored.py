@@ -88,7 +88,6 @@ class Alternation:
             cell=cell,
             config=self.outcome.bench,
             found=self.outcome.measured,
-            rng=np.random.default_rng(self.outcome.bench.seed),
         )
         return Timer(blocks=blocks, primary=())
 

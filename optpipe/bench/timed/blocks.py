@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from optpipe.artifact import fingerprint
 from optpipe.bench.backend import Ids
 from optpipe.bench.policy import BenchConfig
 from optpipe.bench.scenario import Cell, hash_ids, prompt_seed, prompts
@@ -52,13 +53,10 @@ class Blocks:
     cell: Cell
     config: BenchConfig
     found: Measured
-    rng: np.random.Generator
     iterations: int = 1
     """In one turn of an arm."""
     watch: Watch = field(init=False)
     load: Load | None = field(init=False)
-    order: list[str] = field(default_factory=list)
-    """Of the arms in the last block."""
     ids: dict[int, Ids] = field(default_factory=dict)
     """The prompts of this block and the last, by number."""
     slow: Counter[str] = field(default_factory=Counter)
@@ -76,19 +74,23 @@ class Blocks:
             if name not in self.found.dead and (name, self.cell) not in self.found.dropped
         ]
 
-    def run(self, block: int, prompt: int, reason: str | None) -> list[Sample]:
-        """A turn of every arm; a tainted turn taints the whole block.
+    def order(self, block: int) -> list[str]:
+        """The arms in random order, and in the block after it in the reverse: what comes of being
+        second falls on all arms alike, exactly, not only on average.
 
-        The order is random, and in the block after it the reverse: what comes of being second falls
-        on all arms alike, exactly, not only on average.
+        It follows from seed, cell and block alone, whatever was run before.
         """
-        arms = self.arms()
-        turned = block % 2 == 1 and set(self.order) == set(arms)
-        shuffled = [arms[index] for index in self.rng.permutation(len(arms))]
-        self.order = self.order[::-1] if turned else shuffled
+        names, arms = [*self.session.workers], self.arms()
+        seed = fingerprint(self.config.seed, self.session.number, self.cell, block // 2)
+        shuffled = np.random.default_rng(int(seed, 16)).permutation(len(names))
+        order = [name for index in shuffled if (name := names[index]) in arms]
+        return order[::-1] if block % 2 else order
+
+    def run(self, block: int, prompt: int, reason: str | None) -> list[Sample]:
+        """A turn of every arm; a tainted turn taints the whole block."""
         self.ids = {number: ids for number, ids in self.ids.items() if number >= prompt}
         samples: list[Sample] = []
-        for position, name in enumerate(self.order):
+        for position, name in enumerate(self.order(block)):
             time.sleep(SETTLE_S)
             samples += self._turn(name, (block, position), prompt, reason)
         if reason is None and any(sample.note for sample in samples):

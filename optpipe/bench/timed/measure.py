@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from optpipe.bench.evidence.verdict import primary
 from optpipe.bench.policy import BenchConfig
 from optpipe.bench.scenario import Cell
@@ -32,12 +30,11 @@ def measure(
 ) -> None:
     """Time every cell with every arm of the session; results are added to ``found``."""
     end_ns = session.clock() + int(session.budget_s * 1e9)
-    rng = np.random.default_rng([config.seed, session.number])
     # short cells first: an allocator that keeps its peak would pass it on to the cells after it
     order = sorted(cells, key=lambda cell: cell.batch * cell.tokens)
     deciding, total = primary(cells, found.scenarios), STEPS * len(cells)
     for index, cell in enumerate(order):
-        blocks = Blocks(session=session, cell=cell, config=config, found=found, rng=rng)
+        blocks = Blocks(session=session, cell=cell, config=config, found=found)
         timer = Timer(blocks=blocks, primary=deciding[cell])
         share_s = max((end_ns - session.clock()) / 1e9, 0.0) / (len(order) - index)
         for done in timer.rounds(share_s):
