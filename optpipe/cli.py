@@ -43,6 +43,8 @@ store           folder of the artifacts, shared by all runs
   --cfg job     show every key and its value, and stop
   -m            before the first KEY=A,B: one run for each combination of values
 
+A run that was killed goes on when the same command is given again: from the last finished artifact,
+and in the benchmark from the last block, as long as the machine was not booted in between.
 Your own recipes go into ./recipes/NAME.yaml.
 Exit codes: 0 success, 2 bad input, 3 an artifact is wrong or not good enough, 4 a stage broke,
 5 a timing is no measurement (a verdict is INVALID; everything else of the report holds).
@@ -75,7 +77,7 @@ def main() -> int:
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError) as error:
         return _complain(config.explain(error), BAD_INPUT)
     except KeyboardInterrupt:
-        return _complain("interrupted", INTERRUPTED)
+        return _complain("interrupted; the same command goes on from here", INTERRUPTED)
     return max([*codes, _merge(swept)])
 
 

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,10 @@ PACKAGES = ("optpipe", "torch", "transformers", "onnx", "onnxruntime", "onnxrunt
 STATUS = Path("/proc/self/status")
 CGROUP = Path("/sys/fs/cgroup")
 FREQUENCY = Path("/sys/devices/system/cpu/cpu0/cpufreq")
+BOOT = Path("/proc/sys/kernel/random/boot_id")
+LASTING = ("cpu", "cores_usable", "container_cores", "container_bytes", "governor", "max_mhz",
+           "isa", "memory_bytes", "os", "python", "environment")  # fmt: skip
+GPU_LASTING = ("name", "driver", "sm_max_mhz", "memory_max_mhz", "power_limit_w", "mig")
 VARIABLES = ("OMP_", "KMP_", "MKL_", "OPENBLAS_", "GOMP_", "ORT_", "CUDA_", "NVIDIA_", "PYTORCH_",
              "TORCH_", "MALLOC_", "LD_PRELOAD")  # fmt: skip
 """Beginnings of environment variables that can change a measurement."""
@@ -56,6 +61,17 @@ def describe() -> dict[str, Any]:
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(VARIABLES)},
         "reasons": {key: reason for key, reason in why.items() if known[key] is None},
     }
+
+
+def lasting(about: Mapping[str, Any]) -> dict[str, Any]:
+    """What of `describe` does not change by itself."""
+    gpus = [{key: gpu.get(key) for key in GPU_LASTING} for gpu in about.get("gpus") or []]
+    return {**{key: about.get(key) for key in LASTING}, "gpus": gpus}
+
+
+def boot() -> str | None:
+    """Of the machine, by name: stamps of one boot are of one clock; None: the system has none."""
+    return _line(BOOT)
 
 
 def versions() -> dict[str, str]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from optpipe.artifact import code
+from optpipe.bench import machine
 from optpipe.bench.fidelity.quality import Judged, Windows, shortened
 from optpipe.bench.policy import BenchConfig
-from optpipe.bench.scenario import Cell
+from optpipe.bench.scenario import Cell, hash_ids
 from optpipe.bench.timed.checks import Floors
+from optpipe.bench.timed.journal import Journal
 from optpipe.bench.timed.samples import Measured
 from optpipe.bench.worker import Arm, Loaded
 from optpipe.evaluate import EvalConfig
@@ -47,10 +51,29 @@ class Outcome:
     unlike: list[str] = field(default_factory=list)
     """Arms that answered otherwise when they were timed than when they were judged."""
     floors: Floors = field(default_factory=dict)
+    journal: Journal = field(default_factory=Journal)
 
     @property
     def baseline(self) -> str:
         return self.arms[0].name
+
+    def facts(self) -> dict[str, Any]:
+        """All that must be equal for another process to go on with the timed blocks."""
+        bench = asdict(self.bench)
+        for setting, name in ((bench, "journal"), (bench["quality"], "cache")):  # only folders
+            del setting[name]
+        return {
+            "artifacts": self.content,
+            "sessions": self.sessions,
+            "bench": bench,
+            "scenarios": {name: asdict(of) for name, of in self.measured.scenarios.items()},
+            "prompts": {name: hash_ids(of.ids) for name, of in self.measured.texts.items()},
+            "machine": machine.lasting(machine.describe()),
+            "versions": machine.versions(),
+            "node": platform.node(),
+            "boot": machine.boot(),
+            "code": code("bench"),
+        }
 
     def add(self, judged: Judged) -> None:
         """Take over the quality of one session; the baseline keeps that of its first."""

@@ -45,6 +45,8 @@ class BenchConfig:
     """How long every arm works in every cell while its energy is counted, at least 12; 0: not."""
     seed: int = 0
     """Of the token ids and of the order of the arms."""
+    journal: str | None = None
+    """Folder for finished blocks: the same run, if it was killed, goes on from them; null: none."""
     quality: QualityConfig = field(default_factory=QualityConfig)
 
     def __post_init__(self) -> None:

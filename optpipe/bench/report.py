@@ -14,9 +14,9 @@ from optpipe.bench.judgement import Judgement
 from optpipe.bench.outcome import Outcome
 from optpipe.bench.pages import raw
 from optpipe.bench.pages.publish import publish
-from optpipe.bench.scenario import hash_ids
 from optpipe.bench.summary import crossover, recommendation
-from optpipe.bench.timed.samples import Sample
+from optpipe.bench.timed.samples import Sample, resumed
+from optpipe.bench.timed.timing import WARM
 from optpipe.bench.worker import Arm
 
 SCHEMA = "optpipe.report/1"
@@ -58,8 +58,9 @@ def _design(outcome: Outcome, judgement: Judgement) -> Entry:
         "timing": "paired blocks, arms interleaved in random order, resident worker processes",
         "sessions": outcome.sessions,
         "anchored": sorted(outcome.anchored),
+        "resumed": resumed(outcome.measured.samples),
         "prompts": [
-            {**cell._asdict(), "ids_hash": hash_ids([int(h, 16) % 2**63 for h in of.values()])}
+            {**cell._asdict(), "ids_hash": _first(of)}
             for cell, of in outcome.measured.prompts.items()
         ],
         "quality": {**(windows.source if windows else NO_WINDOWS), "windows": judged.windows},
@@ -72,6 +73,11 @@ def _design(outcome: Outcome, judgement: Judgement) -> Entry:
         "instrument": dict(outcome.instrument) if outcome.instrument else None,
         "reasons": {} if outcome.instrument else {"instrument": "the self-test was not run"},
     }
+
+
+def _first(prompts: Mapping[int, str]) -> str:
+    """The first that were timed stand for all: how many follow is a matter of time."""
+    return prompts[min(prompts, key=lambda number: (number < WARM, number))]
 
 
 def _artifact(arm: Arm, table: Table) -> Entry:

@@ -23,6 +23,7 @@ from optpipe.bench.outcome import Outcome
 from optpipe.bench.pages import tables
 from optpipe.bench.resident import Residents, plan_twice, reside
 from optpipe.bench.scenario import Cell, Scenario, cells, prompt_seed, read_texts
+from optpipe.bench.timed import journal
 from optpipe.bench.timed.anchored import Alternation
 from optpipe.bench.timed.contention import meter_of
 from optpipe.bench.timed.measure import BenchConfig, Session, measure
@@ -78,6 +79,7 @@ def run(
     found = report.build(outcome, facts)
     bottleneck.attach(found, physics.costs, physics.ceilings, physics.host_s)
     report.write(found, outcome.measured.samples, out)
+    outcome.journal.remove()
     tables.show(found)
     _whole(outcome)
     gate.check(found, bench.quality, [*outcome.changed.values(), *outcome.unlike])
@@ -144,12 +146,13 @@ def measure_arms(
     outcome.content = _hashes(given)
     outcome.instrument = selftest(SHORT_RUNS)
     named = {arm.name: arm for arm in given} | {AGAIN: replace(baseline, name=AGAIN)}
-    for number, names in enumerate(groups):
-        if baseline.name in names or baseline.name in left_out:
-            _side_by_side(outcome, number, [named[name] for name in names], progress)
-        else:
-            for name in names:
-                _taking_turns(outcome, name, progress)
+    with journal.opened(bench.journal, outcome.facts) as outcome.journal:
+        for number, names in enumerate(groups):
+            if baseline.name in names or baseline.name in left_out:
+                _side_by_side(outcome, number, [named[name] for name in names], progress)
+            else:
+                for name in names:
+                    _taking_turns(outcome, name, progress)
     outcome.changed = gate.changed(outcome.content, _hashes(given))
     outcome.unlike = gate.audit(_emitted(outcome), outcome.judged.expected)
     return outcome
@@ -192,6 +195,7 @@ def _side_by_side(outcome: Outcome, number: int, given: Sequence[Arm], progress:
             workers=residents.workers,
             loaded=residents.loaded,
             budget_s=bench.budget_s / len(outcome.sessions),
+            journal=outcome.journal,
             meter=meter_of({told.gpu for told in residents.loaded.values() if told.gpu}),
         )
         if residents.workers:

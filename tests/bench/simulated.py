@@ -8,6 +8,7 @@ from optpipe.bench import report
 from optpipe.bench.outcome import Outcome
 from optpipe.bench.scenario import Cell, Scenario
 from optpipe.bench.timed.clock import Trace
+from optpipe.bench.timed.journal import Journal
 from optpipe.bench.timed.measure import BenchConfig, Measured, Session, measure
 from optpipe.bench.timed.samples import AGAIN
 from optpipe.bench.worker import Iterate, Iteration, Loaded
@@ -106,6 +107,7 @@ def session(machine, arms, workers, config=None, cells=CELLS, **fields):
         budget_s=config.budget_s,
         clock=machine.clock,
         meter=lambda: None,
+        journal=fields.pop("journal", None) or Journal(),
     )
     found = Measured(scenarios=SCENARIOS)
     measure(given, cells, config, found, lambda *what: None)

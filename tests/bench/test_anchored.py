@@ -10,6 +10,7 @@ from optpipe.bench.outcome import Outcome
 from optpipe.bench.resident import Residents
 from optpipe.bench.timed import anchored, blocks, timing
 from optpipe.bench.timed.anchored import Alternation, probe, schedule
+from optpipe.bench.timed.journal import Journal, opened
 from optpipe.bench.timed.measure import BenchConfig, Measured
 
 
@@ -23,8 +24,9 @@ def test_the_probe_is_work():
 
 
 @pytest.fixture
-def alternating(arm, monkeypatch, request):
-    """Two arms, never resident together, on a machine whose speed doubles half-way through."""
+def alternate(arm, monkeypatch):
+    """alternate(**bench) -> two arms, never resident together, on a machine whose speed doubles
+    half-way through; the process may be ``killed_at`` the loading of this number."""
     monkeypatch.setattr(blocks.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(timing, "TURN_S", 0.0)
     machine = Machine(0, sd=0.005, drift=0, bursts=0)
@@ -37,15 +39,6 @@ def alternating(arm, monkeypatch, request):
         return 1.0 if len(loads) < 5 else 2.0
 
     monkeypatch.setattr(anchored, "probe", lambda: 0.01 * pace())
-    outcome = Outcome(
-        arms=[arm("baseline"), arm("big")],
-        cells=CELLS[:1],
-        sessions=[["baseline"], ["big"]],
-        left_out={},
-        anchored={"big"},
-        bench=BenchConfig(warmup_s=0.0, **getattr(request, "param", {})),
-        measured=Measured(scenarios=SCENARIOS),
-    )
 
     @contextmanager
     def reside(given, progress):
@@ -55,19 +48,38 @@ def alternating(arm, monkeypatch, request):
         worker = SimWorker(machine, one.name, scale)
         yield Residents(workers={one.name: worker}, loaded={one.name: TOLD})
 
-    Alternation(
-        outcome=outcome,
-        name="big",
-        number=2,
-        reside=reside,
-        judge=lambda residents: judged.append(list(residents.workers)),
-        progress=lambda *what: None,
-    ).run()
-    return outcome, loads, judged
+    def run(kept=None, killed_at=None, **bench):
+        outcome = Outcome(
+            arms=[arm("baseline"), arm("big")],
+            cells=CELLS[:1],
+            sessions=[["baseline"], ["big"]],
+            left_out={},
+            anchored={"big"},
+            bench=BenchConfig(warmup_s=0.0, **bench),
+            measured=Measured(scenarios=SCENARIOS),
+            journal=kept or Journal(),
+        )
+
+        def dying(given, progress):
+            if len(loads) == killed_at:
+                raise KeyboardInterrupt
+            return reside(given, progress)
+
+        Alternation(
+            outcome=outcome,
+            name="big",
+            number=2,
+            reside=dying,
+            judge=lambda residents: judged.append(list(residents.workers)),
+            progress=lambda *what: None,
+        ).run()
+        return outcome, loads, judged
+
+    return run
 
 
-def test_what_the_machine_became_in_between_cancels_and_no_verdict_is_drawn(alternating):
-    outcome, loads, judged = alternating
+def test_what_the_machine_became_in_between_cancels_and_no_verdict_is_drawn(alternate):
+    outcome, loads, judged = alternate()
     assert len(loads) == 9 and judged == [["big"]]
     found = report.build(outcome, FACTS)
     entry = found["artifacts"][1]["cells"][0]["speedup"]["tpot_s"]
@@ -78,18 +90,34 @@ def test_what_the_machine_became_in_between_cancels_and_no_verdict_is_drawn(alte
     assert np.allclose(sorted(probes), [0.01, 0.02])
 
 
-@pytest.mark.parametrize("alternating", [{"blocks": 1, "max_blocks": 256}], indirect=True)
-def test_a_run_of_many_looks_has_as_many_pairs_as_an_interval_at_its_level_takes(alternating):
+def test_a_run_of_many_looks_has_as_many_pairs_as_an_interval_at_its_level_takes(alternate):
     """Nine looks: 8 pairs would have none."""
-    outcome, loads, _ = alternating
+    outcome, loads, _ = alternate(blocks=1, max_blocks=256)
     assert len(outcome.bench.looks) == 9 and len(loads) == 10
     entry = report.build(outcome, FACTS)["artifacts"][1]["cells"][0]["speedup"]["tpot_s"]
     assert entry["ci"] is not None and entry["ratio"] == pytest.approx(2, rel=0.02)
 
 
-@pytest.mark.parametrize("alternating", [{"budget_s": 1e-9}], indirect=True)
 def test_the_time_budget_ends_it_and_the_arm_is_judged_all_the_same(alternating):
     outcome, loads, judged = alternating
+def test_the_time_budget_ends_it_and_the_arm_is_judged_all_the_same(alternate):
+    outcome, loads, judged = alternate(budget_s=1e-9)
     assert loads == ["baseline", "big", "big"] and judged == [["big"]]
     [why] = outcome.measured.stopped.values()
     assert why == "the time budget (bench.budget_s=1e-09) ended it after 1 of 8 pairs"
+
+
+def test_one_that_was_killed_goes_on_with_the_residence_it_was_in(alternate, tmp_path):
+    """T13: in the eighth of nine, the last of the other arm."""
+    facts = {"artifacts": {}, "node": "n", "boot": "b"}
+    with opened(str(tmp_path), lambda: facts) as kept, pytest.raises(KeyboardInterrupt):
+        alternate(kept, killed_at=7)
+    with opened(str(tmp_path), lambda: facts) as kept:
+        outcome, loads, judged = alternate(kept)
+    order = [name for name, _ in schedule("baseline", "big", 8)]
+    assert loads == order and judged == [["big"]]
+    timed = [s for s in outcome.measured.samples if s.reason is None]
+    assert sorted((s.block, s.arm) for s in timed) == [
+        (block, name) for block in range(8) for name in ("baseline", "big")
+    ]
+    assert {s.part for s in timed} == {0, 1} and {s.probe_s for s in timed} == {0.01, 0.02}

@@ -11,7 +11,7 @@ from optpipe.bench.pages import raw
 from optpipe.bench.scenario import Cell, Objective
 from optpipe.bench.serving.request import Request
 from optpipe.bench.serving.serve import Served
-from optpipe.bench.timed.samples import Sample
+from optpipe.bench.timed.samples import Sample, decode
 
 PLAIN = Sample(
     arm="a", cell=Cell("single", 2, 8, 3), session=0, block=1, position=2, reason=None,
@@ -35,6 +35,7 @@ def test_every_field_of_every_sample_is_written(tmp_path, monkeypatch):
     wanted = [{**asdict(sample), "cell": sample.cell._asdict()} for sample in given]
     assert found == json.loads(json.dumps(wanted))
     assert found[1]["served"]["requests"][0]["chunks"] == [[3, 1], [4, 1]]
+    assert [decode(record) for record in found] == given
 
 
 def test_points_of_a_file_are_those_of_memory(tmp_path):

@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from optpipe.bench import machine
 from optpipe.bench.pages.view import METRICS, interval, number, where
 
 Report = Mapping[str, Any]
 SPEEDS = ("ttft_s", "tpot_s", "e2e_s", "tokens_per_s")
 POINT = ("scenario", "batch", "prompt_tokens", "new_tokens")
-MACHINE = ("cpu", "cores_usable", "container_cores", "container_bytes", "governor", "max_mhz",
-           "isa", "memory_bytes", "os", "python", "environment")  # fmt: skip
-GPU = ("name", "driver", "sm_max_mhz", "memory_max_mhz", "power_limit_w", "mig")
 NOT_INTERLEAVED = (
     "not interleaved: the two runs came one after the other, so a ratio of times holds the drift "
     "of the machine too; put both artifacts into one run for a verdict"
@@ -52,10 +50,8 @@ def compare(before: Report, after: Report) -> dict[str, Any]:
 def differences(before: Report, after: Report) -> list[str]:
     """What about the environment of the two runs is not the same."""
     left, right = before["run"], after["run"]
-    found = [
-        f"machine.{key}" for key in MACHINE if left["machine"].get(key) != right["machine"].get(key)
-    ]
-    found += ["machine.gpus"] if _gpus(left) != _gpus(right) else []
+    here, there = machine.lasting(left["machine"]), machine.lasting(right["machine"])
+    found = [f"machine.{key}" for key in here if here[key] != there[key]]
     names = sorted({*left["versions"], *right["versions"]})
     found += [n for n in names if left["versions"].get(n) != right["versions"].get(n)]
     found += [key for key in ("threads", "seed") if left[key] != right[key]]
@@ -72,11 +68,6 @@ def differences(before: Report, after: Report) -> list[str]:
         for key in ("device", "dtype", "decoding")
         if key in a and key in new and a[key] != new[key]  # older reports do not say how
     ]
-
-
-def _gpus(run: Report) -> object:
-    """What of the GPUs does not change by itself."""
-    return [{key: gpu.get(key) for key in GPU} for gpu in run["machine"].get("gpus") or []]
 
 
 def _prompts(run: Report) -> dict[tuple[object, ...], object]:

@@ -139,7 +139,10 @@ def _run(jobs: Sequence[Job], done: Mapping[str, Entry], out: Path) -> Entry:
     design = {
         **designs[0],
         "timing": designs[0]["timing"] + ONE_AFTER_THE_OTHER,
-        "sessions": [session for design in designs for session in design["sessions"]],
+        **{
+            key: [one for design in designs for one in design.get(key, ())]
+            for key in ("sessions", "resumed")
+        },
         **{
             key: list({_point(one): one for d in designs for one in d.get(key, ())}.values())
             for key in ("prompts", "resolution")

@@ -20,6 +20,7 @@ from optpipe.bench.pages.view import (
     DASH,
     METRICS,
     Entry,
+    breaks,
     interval,
     is_reference,
     names,
@@ -56,6 +57,7 @@ def top(report: Entry, title: str) -> Safe:
         for one in run.get("preflight", ())
         if not one["passed"]
     ]
+    warned += [note(f"{broken}.") for broken in breaks(report)]
     return tag("header", join([tag("h1", title), tag("p", facts, class_="facts"), *bad, *warned]))
 
 

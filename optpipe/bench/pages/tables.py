@@ -12,7 +12,7 @@ from rich.table import Table
 from optpipe.bench.bottlenecks import bottleneck
 from optpipe.bench.fidelity import gate
 from optpipe.bench.pages import missing, rates, served, setups, tasks
-from optpipe.bench.pages.view import DASH, short
+from optpipe.bench.pages.view import DASH, breaks, short
 
 Row = list[str]
 NONE = "-"
@@ -69,6 +69,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"{run['started']}, {run['duration_s']:.0f} s, seed {run['seed']}, "
         f"{run['threads']} threads, {machine['cpu']}, {machine['cores_usable']} cores, "
         f"load {machine['load'][0]:.2f}",
+        *(f"{broken}." for broken in breaks(report)),
     ]
     for title, rows in speed_tables(report):
         parts += [f"## {title}", _markdown_table(SPEED, rows)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 Entry = Mapping[str, Any]
@@ -75,6 +75,16 @@ def slower_from(artifact: Entry, scenario: str) -> int | None:
     found = artifact.get("crossover") or {"scenario": None}
     batch: int | None = found["batch"] if found["scenario"] == scenario else None
     return batch
+
+
+def breaks(report: Entry) -> Iterator[str]:
+    """Where the run was killed and went on, in words."""
+    for one in report["run"]["design"].get("resumed", ()):
+        yield (
+            f"The run was killed after {one['after_blocks']} blocks of all cells and went on "
+            f"{one['pause_s']:.0f} s later, in new processes that were warmed up again; its "
+            "intervals hold what the two parts differ by"
+        )
 
 
 def number(value: float | None, scale: float = 1, pattern: str | None = None) -> str:

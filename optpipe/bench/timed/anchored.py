@@ -7,7 +7,7 @@ between cancels as far as that work feels it. Nothing found this way is more tha
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -44,30 +44,48 @@ class Alternation:
         """Load each arm in turn and time all cells; samples are added to the outcome."""
         residences = schedule(self.outcome.baseline, self.name, self.wanted)
         last = max(i for i, (name, _) in enumerate(residences) if name == self.name)
-        end_s = time.monotonic() + self.outcome.bench.budget_s
+        had, spent_s = self._recall(), self.outcome.journal.spent_s(self.number)
+        end_s = time.monotonic() + self.outcome.bench.budget_s - spent_s
         for index, (name, blocks) in enumerate(residences):
+            left = {c: [b for b in blocks if (name, c, b) not in had] for c in self.outcome.cells}
+            if index != last and not any(left.values()):
+                continue
             if index > 1 and time.monotonic() > end_s:  # one pair there always is
                 self._explain(blocks[0])
                 if name != self.name:
                     continue
-                last, blocks = index, []  # loaded once more, to be judged
-            arm = next(arm for arm in self.outcome.arms if arm.name == name)
-            with self.reside([arm], self.progress) as residents:
-                self.outcome.broken |= residents.broken
-                if residents.broken or name in self.outcome.measured.dead:
-                    return
-                self.outcome.loaded |= residents.loaded
-                for cell in self.outcome.cells if blocks else ():
-                    self._cell(self._timer(cell, residents), blocks)
-                if index == last:
-                    self.judge(residents)
-            if not blocks:
+                last, left = index, {}  # loaded once more, to be judged
+            if not self._residence(name, left, index == last):
                 return
 
     @property
     def wanted(self) -> int:
         """Pairs, enough for an interval at the level of the run."""
         return max(PAIRS, fewest_pairs(self.outcome.bench.level))
+
+    def _residence(self, name: str, left: Mapping[Cell, Sequence[int]], judged: bool) -> bool:
+        """Load an arm and time what is left of its blocks; whether there may be more."""
+        [arm] = [arm for arm in self.outcome.arms if arm.name == name]
+        with self.reside([arm], self.progress) as residents:
+            self.outcome.broken |= residents.broken
+            if residents.broken or name in self.outcome.measured.dead:
+                return False
+            self.outcome.loaded |= residents.loaded
+            for cell in (cell for cell in left if left[cell]):
+                self._cell(self._timer(cell, residents), left[cell])
+            if judged:
+                self.judge(residents)
+        return bool(left)
+
+    def _recall(self) -> set[tuple[str, Cell, int]]:
+        """Take over what a process before this one left; the arms, cells and blocks of that."""
+        entries = self.outcome.journal.of(self.number)
+        for entry in entries:
+            entry.restore(self.outcome.measured)
+            self.outcome.measured.samples += entry.samples
+            if entry.is_timed:
+                self.iterations[entry.cell] = entry.iterations
+        return {(s.arm, s.cell, s.block) for entry in entries for s in entry.samples}
 
     def _explain(self, pairs: int) -> None:
         """Why there are fewer pairs than wanted."""
@@ -82,27 +100,23 @@ class Alternation:
             workers=residents.workers,
             loaded=residents.loaded,
             budget_s=self.outcome.bench.budget_s,
+            journal=self.outcome.journal,
         )
-        blocks = Blocks(
-            session=session,
-            cell=cell,
-            config=self.outcome.bench,
-            found=self.outcome.measured,
-        )
+        found, config = self.outcome.measured, self.outcome.bench
+        blocks = Blocks(session=session, cell=cell, config=config, found=found)
         return Timer(blocks=blocks, primary=())
 
     def _cell(self, timer: Timer, blocks: Sequence[int]) -> None:
-        samples = self.outcome.measured.samples
         for _ in timer.warm_up():
             pass
         # both arms answer the same requests, so that the first to be loaded says how many
         given = timer.blocks
         given.iterations = self.iterations.setdefault(given.cell, given.iterations)
         for block in blocks:
-            before_s, start = probe(), len(samples)
-            given.run(block, WARM + block // 2 * given.iterations, None)
+            before_s = probe()
+            samples = given.run(block, WARM + block // 2 * given.iterations, None)
             probe_s = (before_s + probe()) / 2
-            samples[start:] = [replace(sample, probe_s=probe_s) for sample in samples[start:]]
+            given.keep([replace(sample, probe_s=probe_s) for sample in samples])
 
 
 def schedule(baseline: str, other: str, pairs: int) -> list[tuple[str, list[int]]]:

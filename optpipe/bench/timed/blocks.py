@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -17,6 +17,7 @@ from optpipe.bench.serving.load import Load, load_of
 from optpipe.bench.serving.serve import Serve, Served
 from optpipe.bench.timed.clock import Clock
 from optpipe.bench.timed.contention import Meter, Watch, ticks
+from optpipe.bench.timed.journal import Entry, Journal
 from optpipe.bench.timed.samples import Measured, Sample
 from optpipe.bench.worker import Command, Iterate, Iteration, Loaded, Rewarm, Worker
 from optpipe.errors import StageError
@@ -39,6 +40,7 @@ class Session:
     budget_s: float
     clock: Clock = time.perf_counter_ns
     meter: Meter = ticks
+    journal: Journal = field(default_factory=Journal)
 
     @property
     def vocab(self) -> int:
@@ -55,6 +57,10 @@ class Blocks:
     found: Measured
     iterations: int = 1
     """In one turn of an arm."""
+    past: deque[Entry] = field(default_factory=deque)
+    """Timed blocks that earlier parts of the session left, until they are taken over."""
+    warmed: int = 0
+    """Blocks of warm-up that they left."""
     watch: Watch = field(init=False)
     load: Load | None = field(init=False)
     ids: dict[int, Ids] = field(default_factory=dict)
@@ -73,6 +79,55 @@ class Blocks:
             for name in self.session.workers
             if name not in self.found.dead and (name, self.cell) not in self.found.dropped
         ]
+
+    def recall(self) -> bool:
+        """Take over what earlier parts of the session left of this cell; whether it was all."""
+        for entry in self.session.journal.of(self.session.number):
+            if entry.cell != self.cell:
+                continue
+            entry.restore(self.found)
+            if entry.done:
+                return True
+            if entry.is_timed:
+                self.past.append(entry)
+            else:
+                self.warmed += 1
+                self.found.samples += entry.samples
+        return False
+
+    def timed(self, block: int, first_prompt: int) -> list[Sample]:
+        """The next timed block: one that was left, or a new one."""
+        if not self.past:
+            # two blocks share their prompts: an arm that remembers would be faster in the second
+            return self.keep(self.run(block, first_prompt + block // 2 * self.iterations, None))
+        samples = [*self.past.popleft().samples]
+        self.found.samples += samples
+        return samples
+
+    def keep(self, samples: list[Sample], done: bool = False) -> list[Sample]:
+        """Add a block to what was found, on disk too; ``done``: it is none, but the cell ends."""
+        self.found.samples += samples
+        if samples or done:
+            self.session.journal.add(self._entry(samples, done))
+        return samples
+
+    def _entry(self, samples: list[Sample], done: bool) -> Entry:
+        cell, found = self.cell, self.found
+        asked = found.prompts.get(cell, {})
+        return Entry(
+            session=self.session.number,
+            cell=cell,
+            samples=samples,
+            iterations=self.iterations,
+            done=done,
+            rate_per_s=found.rates.get(cell),
+            hurried=found.hurried.get(cell),
+            stopped=found.stopped.get(cell),
+            prompts={s.prompt: asked[s.prompt] for s in samples},
+            dropped={arm: why for (arm, at), why in found.dropped.items() if at == cell},
+            slow_starts={arm: why for (arm, at), why in found.slow_starts.items() if at == cell},
+            dead=dict(found.dead),
+        )
 
     def order(self, block: int) -> list[str]:
         """The arms in random order, and in the block after it in the reverse: what comes of being
@@ -95,7 +150,6 @@ class Blocks:
             samples += self._turn(name, (block, position), prompt, reason)
         if reason is None and any(sample.note for sample in samples):
             samples = [replace(sample, reason="tainted") for sample in samples]
-        self.found.samples += samples
         return samples
 
     def _turn(
@@ -137,6 +191,7 @@ class Blocks:
             cell=self.cell,
             session=self.session.number,
             block=0,
+            part=self.session.journal.part,
             position=0,
             prompt=prompt,
             reason=reason,

@@ -183,15 +183,20 @@ def _distinct(samples: Sequence[Sample]) -> tuple[int, int]:
 
 
 def _second_time(turns: Mapping[Key, Turns]) -> Iterator[tuple[Key, str]]:
-    """Blocks 2k and 2k + 1 have the same prompts; pooled over cells, to see a tenth."""
+    """Blocks 2k and 2k + 1 have the same prompts; pooled over cells, to see a tenth.
+
+    Not those of two processes, of which the second cannot have seen them.
+    """
     first: dict[str, list[float]] = defaultdict(list)
     second: dict[str, list[float]] = defaultdict(list)
     for (arm, _), own in turns.items():
         taken = own.by_block("e2e_s", anchored=True)
+        part = {(s.session, s.block): s.part for s in own.samples}
         for session, block in taken:
-            if block % 2 == 0 and (session, block + 1) in taken:
+            after = (session, block + 1)
+            if block % 2 == 0 and after in taken and part[after] == part[session, block]:
                 first[arm].append(taken[session, block])
-                second[arm].append(taken[session, block + 1])
+                second[arm].append(taken[after])
     for arm, before in first.items():
         shift = ratio(second[arm], before, SECOND_LEVEL)
         if shift.ci is not None and shift.ci[1] < SECOND_TIME:

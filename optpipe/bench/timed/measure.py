@@ -29,7 +29,8 @@ def measure(
     progress: Progress,
 ) -> None:
     """Time every cell with every arm of the session; results are added to ``found``."""
-    end_ns = session.clock() + int(session.budget_s * 1e9)
+    left_s = session.budget_s - session.journal.spent_s(session.number)
+    end_ns = session.clock() + int(left_s * 1e9)
     # short cells first: an allocator that keeps its peak would pass it on to the cells after it
     order = sorted(cells, key=lambda cell: cell.batch * cell.tokens)
     deciding, total = primary(cells, found.scenarios), STEPS * len(cells)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
-from optpipe.bench.scenario import Cell, Scenario, Texts
+from optpipe.bench.scenario import Cell, Objective, Scenario, Texts
+from optpipe.bench.serving.request import Request
 from optpipe.bench.serving.serve import Served
 from optpipe.bench.timed.clock import metrics
 
@@ -22,6 +24,8 @@ class Sample:
     cell: Cell
     session: int
     block: int
+    part: int = 0
+    """How often the run had been killed, and gone on, when it was made."""
     position: int
     """Place of the arm within its block."""
     reason: str | None
@@ -54,6 +58,68 @@ class Sample:
         if self.served is not None:
             return self.served.metrics
         return metrics(self.submit_ns, self.start_ns, self.token_ns, self.cell.batch)
+
+
+def resumed(samples: Iterable[Sample]) -> list[dict[str, Any]]:
+    """After how many blocks of all cells a run that was killed went on, and how long it paused."""
+    parts: dict[int, list[Sample]] = {}
+    for sample in samples:
+        parts.setdefault(sample.part, []).append(sample)
+    found, blocks = [], set[tuple[int, Cell, int]]()
+    last_ns = 0
+    for part, own in sorted(parts.items()) if len(parts) > 1 else ():
+        if part:
+            pause_s = (min(s.submit_ns for s in own) - last_ns) / 1e9
+            found.append({"after_blocks": len(blocks), "pause_s": pause_s})
+        last_ns = max(s.done_ns or s.submit_ns for s in own)
+        blocks |= {(s.session, s.cell, s.block) for s in own if s.block >= 0}
+    return found
+
+
+def encode(samples: Iterable[Sample]) -> Iterator[str]:
+    """Each as a line of JSON. Raises ValueError for a number that is not finite."""
+    to_json = json.JSONEncoder(allow_nan=False, default=_plain).encode
+    names = [field.name for field in fields(Sample)]
+    cells: dict[Cell, dict[str, Any]] = {}
+    for sample in samples:  # fields by name, not copied: `asdict` takes ten times as long
+        record = {name: getattr(sample, name) for name in names}
+        record["cell"] = cells.setdefault(sample.cell, sample.cell._asdict())
+        yield to_json(record)
+
+
+def decode(record: Mapping[str, Any]) -> Sample:
+    """The sample of a parsed line."""
+    served = record["served"]
+    return Sample(
+        **{
+            **_tupled(record, "token_ns", "device_s"),
+            "cell": Cell(**record["cell"]),
+            "served": None if served is None else _served(served),
+        }
+    )
+
+
+def _served(record: Mapping[str, Any]) -> Served:
+    requests = [{**r, "chunks": tuple(map(tuple, r["chunks"]))} for r in record["requests"]]
+    return Served(
+        **{
+            **_tupled(record, "tokens", "device_s"),
+            "requests": tuple(Request(**request) for request in requests),
+            "events": tuple(map(tuple, record["events"])),
+            "objective": Objective(**record["objective"]),
+        }
+    )
+
+
+def _tupled(record: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    """JSON knows no tuples."""
+    return {**record, **{key: tuple(record[key]) for key in keys if record[key] is not None}}
+
+
+def _plain(value: Any) -> Any:
+    """What JSON does not know: the requests of a server."""
+    assert is_dataclass(value) and not isinstance(value, type)
+    return asdict(value)
 
 
 @dataclass(kw_only=True)

@@ -40,11 +40,16 @@ class Timer:
     def rounds(self, budget_s: float) -> Iterator[float]:
         """Warm up, then run blocks until they suffice or the time is over; yields a share done.
 
-        Two warm-up iterations and one block are run whatever the time.
+        Two warm-up iterations and one block are run whatever the time. A session that goes on warms
+        up again, counts the blocks it left, and does neither in a cell that it had finished.
         """
         end_ns = self.blocks.session.clock() + int(budget_s * 1e9)
-        yield from self.warm_up(budget_s)
-        yield from self._timed(end_ns)
+        finished = self.blocks.recall()
+        if not finished:
+            yield from self.warm_up(budget_s)
+        yield from self._timed(0 if finished else end_ns)
+        if not finished:
+            self.blocks.keep([], done=True)
 
     def warm_up(self, budget_s: float = math.inf) -> Iterator[float]:
         """Whole iterations of every arm until all have settled, or the time for it is over."""
@@ -55,18 +60,20 @@ class Timer:
         left_s = budget_s - (clock() - begin_ns) / 1e9
         end_ns = clock() + int(min(config.warmup_s, left_s) * 1e9)
         taken: dict[str, list[float]] = defaultdict(list)
-        number = 0
-        while number < config.warmup or (
+        number = first = blocks.warmed
+        while number < first + config.warmup or (
             clock() < end_ns and not all(settled(taken[n]) for n in blocks.arms())
         ):
             if not blocks.arms() or number >= WARM:
                 return
-            for sample in blocks.run(-1 - number, number, "warmup"):
+            for sample in blocks.keep(blocks.run(-1 - number, number, "warmup")):
                 taken[sample.arm].append(_seconds(sample))
             number += 1
             yield 0.0
         usual = [median(values[-3:]) for name in blocks.arms() if (values := taken[name])]
-        if usual and min(usual) > 0:
+        if blocks.past:
+            blocks.iterations = blocks.past[0].iterations
+        elif usual and min(usual) > 0:
             blocks.iterations = repeats(usual, self._turn_s())
 
     def _turn_s(self) -> float:
@@ -108,12 +115,11 @@ class Timer:
         """Blocks until a look finds them enough; tainted ones are run again."""
         blocks, looks = self.blocks, self.blocks.config.looks
         kept = block = 0
-        while kept < looks[-1] and block < RERUNS * looks[-1] and blocks.arms():
-            if kept and blocks.session.clock() > end_ns:
+        while kept < looks[-1] and block < RERUNS * looks[-1] and (blocks.past or blocks.arms()):
+            if kept and not blocks.past and blocks.session.clock() > end_ns:
                 kept -= self._late()
                 break
-            # two blocks share their prompts: an arm that remembers would be faster in the second
-            samples = blocks.run(block, WARM + block // 2 * blocks.iterations, None)
+            samples = blocks.timed(block, WARM)
             block += 1
             if not any(sample.note for sample in samples):
                 kept += 1
@@ -131,19 +137,24 @@ class Timer:
         if kept >= looks[-1] or not blocks.arms():
             return
         budget_s = blocks.config.budget_s
-        blocks.found.stopped[blocks.cell] = (
+        why = (
             f"the time budget (bench.budget_s={budget_s:g}) ended it after {kept} of at least "
             f"{looks[0]} and at most {looks[-1]} blocks"
             if over
             else f"{block - kept} of {block} blocks were disturbed or still warm-up"
         )
+        blocks.found.stopped.setdefault(blocks.cell, why)
 
     def _late(self) -> int:
         """Blocks at the beginning that were still warm-up for some arm: they are marked so.
 
-        Disturbed blocks among them too: what a start does to a machine is no disturbance.
+        Each part of a session begins anew, in processes of its own.
         """
-        shares = relative(self._turns(), "e2e_s")
+        return sum(self._late_in(part) for part in range(self.blocks.session.journal.part + 1))
+
+    def _late_in(self, part: int) -> int:
+        """Disturbed blocks among them too: what a start does to a machine is no disturbance."""
+        shares = relative(self._turns(part), "e2e_s")
         cut, last = 0, -1
         for of in shares.values():
             if (count := late_start([*of.values()])) > cut:
@@ -151,7 +162,7 @@ class Timer:
         if cut:
             samples = self.blocks.found.samples
             samples[:] = [
-                replace(s, reason="warmup") if self._here(s) and 0 <= s.block <= last else s
+                replace(s, reason="warmup") if self._here(s, part) and 0 <= s.block <= last else s
                 for s in samples
             ]
         return cut
@@ -168,12 +179,14 @@ class Timer:
         ]
         return all(width <= config.half_width for width in widths)
 
-    def _turns(self) -> dict[str, Turns]:
-        found = collect(sample for sample in self.blocks.found.samples if self._here(sample))
+    def _turns(self, part: int | None = None) -> dict[str, Turns]:
+        found = collect(s for s in self.blocks.found.samples if self._here(s, part))
         return {arm: turns for (arm, _), turns in found.items()}
 
-    def _here(self, sample: Sample) -> bool:
-        return sample.cell == self.blocks.cell and sample.session == self.blocks.session.number
+    def _here(self, sample: Sample, part: int | None = None) -> bool:
+        """Of this cell and session; of all of its parts, or of one."""
+        here = sample.cell == self.blocks.cell and sample.session == self.blocks.session.number
+        return here and part in (None, sample.part)
 
 
 def repeats(usual: Sequence[float], turn_s: float) -> int:

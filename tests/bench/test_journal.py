@@ -1,0 +1,218 @@
+"""T13: a benchmark that is killed goes on where it was, and loses the block in progress at most."""
+
+import json
+import logging
+from dataclasses import replace
+
+import pytest
+from simulated import CELLS, SCENARIOS, Machine, SimWorker, built, session, speedups
+from test_raw import PLAIN, SERVED
+
+from optpipe.bench.outcome import Outcome
+from optpipe.bench.timed import blocks, timing
+from optpipe.bench.timed.journal import Entry, Journal, opened
+from optpipe.bench.timed.measure import BenchConfig, Measured
+from optpipe.bench.timed.samples import AGAIN, resumed
+
+FACTS = {"artifacts": {"a": "f1"}, "bench": {"blocks": 12, "seed": 0}, "node": "n", "boot": "b1"}
+SCALES = {"baseline": 1.0, AGAIN: 1.0, "copy": 0.9}
+CONFIG = BenchConfig(warmup_s=0.0, budget_s=1e9)
+
+
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch):
+    monkeypatch.setattr(blocks.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(timing, "TURN_S", 0.0)
+
+
+@pytest.fixture
+def pair(arm):
+    return [arm("baseline"), arm("copy")]
+
+
+def workers(machine, scales=SCALES, killed_at=None):
+    """Processes; the first of them ends everything in the midst of its iteration of this number."""
+
+    def kill(answer, ids, worker):
+        if worker.iterations == killed_at:
+            raise KeyboardInterrupt
+        return answer
+
+    spoils = {"baseline": kill}
+    return [SimWorker(machine, n, scale, spoils.get(n)) for n, scale in scales.items()]
+
+
+def quiet():
+    return Machine(0, sd=0, drift=0, bursts=0)
+
+
+def turns(outcome):
+    """(cell, block) -> the arms in their order, of blocks that are no warm-up."""
+    found = {}
+    for sample in outcome.measured.samples:
+        if sample.block >= 0:
+            found.setdefault((sample.cell, sample.block), []).append(sample.arm)
+    return found
+
+
+def interrupted(pair, folder, machine, killed_at, config=CONFIG, then=SCALES):
+    """A session that was killed, and went on: its outcome and the iterations of both parts."""
+    first, second = workers(machine, killed_at=killed_at), workers(machine, then)
+    with opened(folder, lambda: FACTS) as kept, pytest.raises(KeyboardInterrupt):
+        session(machine, pair, first, config, journal=kept)
+    with opened(folder, lambda: FACTS) as kept:
+        outcome = session(machine, pair, second, config, journal=kept)
+    return outcome, sum(worker.iterations for worker in (*first, *second))
+
+
+# three cells of 3 + 12 iterations an arm: it is killed in warm-up, in the first, the last and some
+# other timed block of a cell
+@pytest.mark.parametrize("killed_at", [2, 4, 15, 17, 25, 45])
+def test_order_and_result_are_those_of_a_session_that_was_not_killed(pair, tmp_path, killed_at):
+    straight = session(machine := quiet(), pair, asked := workers(machine), CONFIG)
+    outcome, iterations = interrupted(pair, str(tmp_path), quiet(), killed_at)
+    assert turns(outcome) == turns(straight) and len(turns(straight)) == 3 * 12
+    number, at = divmod(killed_at - 1, 15)
+    more = iterations - sum(worker.iterations for worker in asked)
+    assert 0 < more - 3 * min(at, 3) <= 3, "warm-up done again, and the block in progress"
+    wanted, found = built(straight), built(outcome)
+    assert found["artifacts"] == wanted["artifacts"]
+    assert found["run"]["design"]["prompts"] == wanted["run"]["design"]["prompts"]
+    [told] = found["run"]["design"]["resumed"]
+    assert told["after_blocks"] == 12 * number + max(at - 3, 0) and told["pause_s"] > 0
+    assert wanted["run"]["design"]["resumed"] == []
+
+
+def test_looks_count_the_blocks_of_both_parts_and_the_budget_is_one(pair, tmp_path):
+    loud = Machine(0, sd=0.3, bursts=0)
+    outcome, _ = interrupted(pair, str(tmp_path), loud, 3 + 20)
+    cell = built(outcome)["artifacts"][1]["cells"][0]
+    assert cell["blocks"] == 24, "12 are too few at the first look, and it is not taken twice"
+    config = BenchConfig(warmup_s=0.0, budget_s=6, blocks=30, max_blocks=40)
+    counts = {}
+    for killed_at in (10, 99):
+        folder = tmp_path / str(killed_at)
+        with opened(str(folder), lambda: FACTS) as kept:
+            first = workers(machine := quiet(), killed_at=killed_at)
+            if killed_at == 10:
+                with pytest.raises(KeyboardInterrupt):
+                    session(machine, pair, first, config, CELLS[:1], journal=kept)
+            else:
+                session(machine, pair, first, config, CELLS[:1], journal=kept)
+        with opened(str(folder), lambda: FACTS) as kept:
+            outcome = session(machine, pair, workers(machine), config, CELLS[:1], journal=kept)
+        counts[killed_at] = len(turns(outcome))
+        assert "the time budget (bench.budget_s=6) ended it" in outcome.measured.stopped[CELLS[0]]
+    assert 14 < counts[99] - 6 < counts[10] <= counts[99], "less the warm-up done again"
+
+
+def test_another_process_of_an_arm_may_have_another_speed_and_is_no_warm_up(pair, tmp_path):
+    """Were it taken for one series, everything before the break would look like a late start."""
+    faster = {**SCALES, "copy": 0.6}
+    outcome, _ = interrupted(pair, str(tmp_path), quiet(), 3 + 7, then=faster)
+    timed = [s for s in outcome.measured.samples if s.block >= 0 and s.cell == CELLS[0]]
+    assert {s.reason for s in timed} == {None} and {s.part for s in timed} == {0, 1}
+    entry = speedups(built(outcome), "copy")["single", "tpot_s"]
+    assert entry["ci"][0] < 1.2 and entry["ci"][1] > 1.5, "and widens the interval"
+
+
+def test_arms_that_were_dropped_or_died_stay_so(tmp_path):
+    known = dict(session=0, cell=CELLS[0], iterations=2, done=False, rate_per_s=None, hurried="h",
+                 stopped=None, prompts={7: "ab"}, dropped={"a": "slow"}, slow_starts={"b": "once"},
+                 dead={"c": "broke"})  # fmt: skip
+    write(tmp_path, Entry(samples=[PLAIN], **known))
+    found = Measured(scenarios=SCENARIOS)
+    [entry] = read(tmp_path)
+    entry.restore(found)
+    assert found.dropped == {("a", CELLS[0]): "slow"} and found.dead == {"c": "broke"}
+    assert found.slow_starts == {("b", CELLS[0]): "once"} and found.prompts == {CELLS[0]: {7: "ab"}}
+    assert found.hurried == {CELLS[0]: "h"} and found.stopped == {} == found.rates
+
+
+def entry(*samples, done=False):
+    return Entry(session=0, cell=CELLS[0], samples=samples, iterations=2, done=done, dropped={},
+                 rate_per_s=0.5, hurried=None, stopped=None, prompts={}, slow_starts={},
+                 dead={})  # fmt: skip
+
+
+def write(folder, *entries):
+    with opened(str(folder), lambda: FACTS) as kept:
+        for one in entries:
+            kept.add(one)
+
+
+def read(folder, facts=FACTS):
+    with opened(str(folder), lambda: facts) as kept:
+        return [*kept.entries]
+
+
+def test_what_is_written_is_what_is_read_and_a_torn_line_is_dropped(tmp_path):
+    first, second = entry(PLAIN, SERVED), entry(PLAIN, PLAIN)
+    write(tmp_path, first, second, entry(done=True))
+    [file] = tmp_path.iterdir()
+    whole = file.read_bytes()
+    found = read(tmp_path)
+    assert [[*one.samples] for one in found] == [[PLAIN, SERVED], [PLAIN, PLAIN], []]
+    assert [one.done for one in found] == [False, False, True] and found[0].is_timed
+    ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
+    for cut, count in ((ends[-1] - 1, 2), (ends[-3] + 5, 1), (ends[3], 1), (ends[0] - 1, 0)):
+        file.write_bytes(whole[:cut])
+        assert len(read(tmp_path)) == count
+        write(tmp_path, second)
+        assert len(read(tmp_path)) == count + 1, "what follows is not spoilt by it"
+
+
+def test_anything_that_differs_starts_afresh_and_is_named(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    write(tmp_path, entry(PLAIN))
+    other = {**FACTS, "bench": {"blocks": 24, "seed": 0}, "artifacts": {"a": "f2"}}
+    assert read(tmp_path, other) == []
+    assert "afresh" in caplog.text and caplog.text.strip().endswith("artifacts.a, bench.blocks")
+    assert len(read(tmp_path)) == 1, "and leaves the other as it is"
+    assert "going on after 1 blocks" in caplog.text
+    caplog.clear()
+    assert read(tmp_path, {**FACTS, "artifacts": {"z": "f"}}) == [] and not caplog.text
+    assert read(tmp_path, {**FACTS, "boot": "b2"}) == [] and caplog.text.count("another boot") == 1
+    left = [json.loads(f.read_text().splitlines()[0])["boot"] for f in tmp_path.iterdir()]
+    assert left == ["b2"], "nobody can go on with the boot before"
+
+
+def test_it_is_kept_by_one_process_where_a_boot_has_a_name_and_a_folder_is_given(tmp_path, caplog):
+    with opened(str(tmp_path), lambda: FACTS) as kept:
+        with opened(str(tmp_path), lambda: FACTS) as second:
+            assert second.stream is None and "another process" in caplog.text
+        kept.remove()
+    assert not [*tmp_path.iterdir()]
+    assert not read(tmp_path, {**FACTS, "boot": None}) and "does not name its boot" in caplog.text
+    with opened(None, None) as nothing:
+        nothing.add(entry(PLAIN))
+        nothing.remove()
+    assert not [*tmp_path.iterdir()]
+
+
+def test_the_facts_of_a_run_hold_its_settings_and_no_folder(arm):
+    outcome = Outcome(
+        arms=[arm("baseline")],
+        cells=CELLS,
+        sessions=[["baseline"]],
+        left_out={},
+        content={"baseline": "f"},
+        measured=Measured(scenarios=SCENARIOS),
+    )
+    facts = outcome.facts()
+    json.dumps(facts)
+    assert facts["bench"]["seed"] == 0 and facts["bench"]["quality"]["windows"] > 0
+    assert "journal" not in facts["bench"] and "cache" not in facts["bench"]["quality"]
+    assert facts["artifacts"] == {"baseline": "f"} and facts["sessions"] == [["baseline"]]
+    assert {"machine", "versions", "boot", "code", "scenarios"} <= {*facts}
+    assert "load" not in facts["machine"] and facts == outcome.facts()
+
+
+def test_a_part_is_told_by_its_blocks_and_its_pause():
+    first = [replace(PLAIN, block=b, submit_ns=b * 10**9, done_ns=(b + 1) * 10**9, token_ns=())
+             for b in (-1, 0, 1)]  # fmt: skip
+    second = replace(PLAIN, part=1, block=2, submit_ns=5 * 10**9, done_ns=6 * 10**9)
+    assert resumed([*first, second]) == [{"after_blocks": 2, "pause_s": 3.0}]
+    assert resumed(first) == [] == resumed([])
+    assert Journal(entries=[entry(*first), entry(second)]).part == 2
+    assert Journal(entries=[entry(*first), entry(second)]).spent_s(0) == 3 + 1
