@@ -65,7 +65,8 @@ def _compare(given: argparse.Namespace) -> int:
 def _html(given: argparse.Namespace) -> int:
     found = publish.read(given.folder)
     page = given.folder / "report.html"
-    page.write_text(html.page(found, raw.read(given.folder)), encoding="utf-8")
+    series = raw.read(given.folder, found["run"].get("jobs", ()))
+    page.write_text(html.page(found, series), encoding="utf-8")
     print(page)
     return OK
 

@@ -98,8 +98,6 @@ def test_a_run_of_many_looks_has_as_many_pairs_as_an_interval_at_its_level_takes
     assert entry["ci"] is not None and entry["ratio"] == pytest.approx(2, rel=0.02)
 
 
-def test_the_time_budget_ends_it_and_the_arm_is_judged_all_the_same(alternating):
-    outcome, loads, judged = alternating
 def test_the_time_budget_ends_it_and_the_arm_is_judged_all_the_same(alternate):
     outcome, loads, judged = alternate(budget_s=1e-9)
     assert loads == ["baseline", "big", "big"] and judged == [["big"]]

@@ -7,6 +7,7 @@ import pytest
 import reports
 from test_pages import under_load
 
+from optpipe.bench.__main__ import main as bench_main
 from optpipe.bench.pages import charts, merge, schema
 from optpipe.bench.pages.merge import Job
 
@@ -74,7 +75,13 @@ def test_artifacts_of_all_jobs_are_in_one_report_of_the_same_kind(sweep, tmp_pat
     text = (tmp_path / "report.md").read_text()
     assert "quant.bits=3 + build" in text and "quant.bits=4 + build" in text
     page = (tmp_path / "report.html").read_text()
-    assert "6 quant.bits=4 + build" in page and "folders of its jobs" in page
+    assert "6 quant.bits=4 + build" in page
+    drift = page[page.index("<h2>Drift") :]
+    assert [drift.count(f"<summary>quant.bits={bits}</summary>") for bits in (3, 4)] == [1, 1]
+    assert drift.count("44 iterations of 4 arms") == 2, "the timings of each job, apart"
+    assert (
+        bench_main(["html", str(tmp_path)]) == 0 and (tmp_path / "report.html").read_text() == page
+    )
 
 
 def test_jobs_of_other_scenarios_and_without_advice_are_merged_too(sweep, tmp_path):

@@ -114,3 +114,12 @@ def test_a_spreadsheet_has_both(report):
     assert last["failed"] == "2.0" and first["failed"] == ""
     assert last["kept_ttft_s"] == "0.875" and first["kept_ttft_s"] == last["kept_e2e_s"] == ""
     assert {row["next_line.acc"] for row in rows} == {"0.75"}
+
+
+def test_a_run_that_was_killed_and_went_on_says_so_first():
+    found = reports.report()
+    found["run"]["design"]["resumed"] = [{"after_blocks": 17, "pause_s": 41.4}]
+    schema.check(found)
+    for page in (tables.markdown(found), html.page(found, ())):
+        assert 0 < page.index("killed after 17 blocks of all cells and went on 41 s later") < (
+            page.index("prefill" if page[0] == "<" else "## single"))  # fmt: skip

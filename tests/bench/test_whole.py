@@ -54,6 +54,7 @@ def test_a_run_with_a_server_reports_goodput_and_queue_of_every_arm(sleeping, tm
     bench = BenchConfig(
         blocks=6, max_blocks=6, warmup=2, warmup_s=0, dtypes=["float32"], threads=1,
         quality=QualityConfig(windows=2, cache=str(tmp_path / "kept")),
+        journal=str(tmp_path / "journals"),
     )  # fmt: skip
     serving = Serving(requests=6, rate_per_s=40.0, objective=Objective(ttft_s=2.0, tpot_s=None))
     scenarios = {
@@ -63,6 +64,7 @@ def test_a_run_with_a_server_reports_goodput_and_queue_of_every_arm(sleeping, tm
     out = tmp_path / "out"
     with suppress(TimingError):  # where others disturb it, and that is said
         run(made, bench, scenarios, out, {"command": ["optpipe"], "overrides": []})
+    assert [*(tmp_path / "journals").iterdir()] == [], "it is whole: nobody has to go on with it"
     found = json.loads((out / "report.json").read_text())
     schema.check(found)
     for artifact in found["artifacts"]:

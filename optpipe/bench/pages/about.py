@@ -137,25 +137,28 @@ def evaluation(report: Entry) -> Iterator[Safe]:
 
 
 def drift(report: Entry, series: Sequence[Entry]) -> Safe:
-    """Every iteration of every cell in the order of its blocks."""
-    drawn = [
-        figure(title, svg)
-        for index, cell in enumerate(report["artifacts"][0]["cells"])
-        if (svg := curves.timeline(report, index, series, title := f"Drift: {where(cell)}"))
-    ]
+    """Every iteration of every cell in the order of its blocks; of a sweep, job by job."""
+    jobs: dict[str, list[Entry]] = {}
+    for one in series:
+        jobs.setdefault(one.get("job", ""), []).append(one)
+    drawn = {job: parts for job, of in jobs.items() if (parts := [*_drifts(report, of)])}
     if not drawn:
-        why = (
-            "The raw timings of a sweep are in the folders of its jobs."
-            if report["run"].get("jobs")
-            else "There are no raw timings beside this report."
-        )
-        return section("Drift", note(why))
+        return section("Drift", note("There are no raw timings beside this report."))
     read = (
         "One line an artifact, black is the baseline; 1 is its own median. Lines that move "
         "together are the machine drifting, which paired ratios cancel; one that moves alone is "
         "its own. Hollow marks are warm-up, crosses are tainted blocks: neither counts."
     )
-    return section("Drift", note(read), tag("div", join(drawn), class_="grid"))
+    if report["run"]["design"].get("resumed"):
+        read += " Where the orange line is, the run was killed and went on."
+    grids = [(job, tag("div", join(parts), class_="grid")) for job, parts in drawn.items()]
+    return section("Drift", note(read), *(details(job, g) if job else g for job, g in grids))
+
+
+def _drifts(report: Entry, series: Sequence[Entry]) -> Iterator[Safe]:
+    for index, cell in enumerate(report["artifacts"][0]["cells"]):
+        if svg := curves.timeline(report, index, series, title := f"Drift: {where(cell)}"):
+            yield figure(title, svg)
 
 
 def lacking(report: Entry) -> Safe:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 Point = tuple[str, float, float]
 Achieved = tuple[str, str, float, float]
 MOST_BLOCKS = 100
+BASELINE = "baseline"
+"""As raw timings name it, also where the report of a sweep calls it otherwise."""
 """Points of one line of a time series: more blocks are drawn as medians of neighbours."""
 
 
@@ -186,21 +188,25 @@ def timeline(report: Entry, index: int, series: Sequence[Entry], title: str) -> 
             lines.setdefault((sample["arm"], sample["session"]), []).append(sample)
     if not lines:
         return ""
-    baseline = report["artifacts"][0]["name"]
+    every = [s for samples in lines.values() for s in samples]
+    ends: dict[int, int] = {}  # the last block of each part of the run
+    for sample in (s for s in every if s["block"] >= 0):
+        ends[sample["part"]] = max(sample["block"], ends.get(sample["part"], 0))
 
     def paint(axes: Axes) -> None:
         for (arm, _), samples in lines.items():
             kept = [s["e2e_s"] for s in samples if s["reason"] is None]
             middle = median(kept or [s["e2e_s"] for s in samples])
-            _line(axes, samples, middle, arm == baseline)
+            _line(axes, samples, middle, arm == BASELINE)
         axes.axvline(-0.5, color=MUTED, linewidth=0.8, linestyle=(0, (3, 3)))
+        for last in sorted(ends.values())[:-1]:  # there it was killed, and went on
+            axes.axvline(last + 0.5, color=WARN, linewidth=0.8)
         low, high = axes.get_ylim()
         log_axis(axes.yaxis, max(min(low, 0.9), 0.05), max(high, 1.1), "\u00d7")
         axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]
         axes.set_xlabel("block (warm-up left of the dashed line)")
         axes.set_ylabel("end to end, over its median")
 
-    every = [s for samples in lines.values() for s in samples]
     odd = sum(s["reason"] not in (None, "warmup") for s in every)
     alt = f"{len(every)} iterations of {len(lines)} arms, {odd} of them in tainted blocks"
     return draw(210, paint, title, alt)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from optpipe.bench.pages import raw
 from optpipe.bench.pages.publish import CELL, REPORT, publish, read
 from optpipe.bench.pages.view import short
 
@@ -41,7 +42,8 @@ def merge(jobs: Sequence[Job], out: Path) -> bool:
         if (job.folder / REPORT).is_file()
     }
     if done:
-        publish({**merged(done), "run": _run(jobs, done, out)}, out)
+        run = _run(jobs, done, out)
+        publish({**merged(done), "run": run}, out, raw.read(out, run["jobs"]))
     return bool(done)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ LINES = 1000
 LEVEL = 1
 """Of gzip: a fifth larger than the default of 9 here, and five times as fast."""
 Point = dict[str, Any]
-"""The end-to-end time of one iteration: arm, session, block, reason, cell (a tuple), e2e_s."""
+"""The end-to-end time of one iteration: arm, session, block, part, reason, cell (a tuple), e2e_s;
+of a sweep also its job."""
 
 
 def write(samples: Sequence[Sample], folder: Path) -> None:
@@ -34,21 +35,28 @@ def write(samples: Sequence[Sample], folder: Path) -> None:
 def points(samples: Iterable[Sample]) -> list[Point]:
     """Of samples in memory, at most ``MOST``; one without a token has no time."""
     return [
-        _point((s.arm, s.session, s.block, s.reason), s.cell, s.token_ns[-1] - s.submit_ns)
+        _point((s.arm, s.session, s.block, s.part, s.reason), s.cell, s.token_ns[-1] - s.submit_ns)
         for s in islice(samples, MOST)
         if s.token_ns
     ]
 
 
-def read(folder: Path) -> list[Point]:
-    """Those of the file in a folder; none where there is no file, as beside a sweep's report."""
+def read(folder: Path, jobs: Sequence[Mapping[str, Any]] = ()) -> list[Point]:
+    """Those of the file in a folder; none where there is no file.
+
+    Of a sweep those of its ``jobs``, as its report lists them, each with the name of its job.
+    """
+    if jobs:
+        return [
+            {**point, "job": job["name"]} for job in jobs for point in read(folder / job["folder"])
+        ]
     file = folder / SAMPLES
     if not file.is_file():
         return []
     with gzip.open(file, "rt", encoding="ascii") as stream:
         return [
             _point(
-                (s["arm"], s["session"], s["block"], s["reason"]),
+                (s["arm"], s["session"], s["block"], s.get("part", 0), s["reason"]),
                 Cell(**s["cell"]),
                 s["token_ns"][-1] - s["submit_ns"],
             )
@@ -57,7 +65,7 @@ def read(folder: Path) -> list[Point]:
         ]
 
 
-def _point(who: tuple[str, int, int, str | None], cell: Cell, taken_ns: int) -> Point:
-    arm, session, block, reason = who
-    return {"arm": arm, "session": session, "block": block, "reason": reason,
+def _point(who: tuple[str, int, int, int, str | None], cell: Cell, taken_ns: int) -> Point:
+    arm, session, block, part, reason = who
+    return {"arm": arm, "session": session, "block": block, "part": part, "reason": reason,
             "cell": tuple(cell), "e2e_s": taken_ns / 1e9}  # fmt: skip
