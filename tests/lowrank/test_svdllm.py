@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optpipe import model
-from optpipe.allocate import allocate
+from optpipe.allocate import Option, allocate
 from optpipe.artifact import Artifact
 from optpipe.bounds import departure
 from optpipe.calibrate import Cross
@@ -16,6 +16,7 @@ from optpipe.linear import PER_CHANNEL, Form
 from optpipe.lowrank.factorize import truncated
 from optpipe.lowrank.svdllm import SvdLlm, discarded, whitened
 from optpipe.quant.rtn import Rtn
+from optpipe.sensitivity import felt
 from optpipe.verify import verify
 
 
@@ -173,9 +174,26 @@ def test_the_allocator_settles_ranks_within_the_plan_and_the_budget(allocated, r
     assert departure(Checkpoint(after.path).forms, quant.plan(planned)) is None
 
 
-def test_a_quantization_needs_groups_that_divide_every_rank_there_may_be(allocated, tiny):
-    (stage, _), _ = allocated
-    planned = stage.plan(model.layers(Checkpoint(tiny())))
+def test_ranks_are_those_of_one_budget_over_what_the_loss_feels(allocated, tiny, run):
+    _, (made, _) = allocated
+    checkpoint, curves = Checkpoint(tiny()), {}
+    layers = {n: f for n, f in model.layers(checkpoint).items() if n != "lm_head"}
+    for name, module, fed, back in felt(checkpoint, run.calib.ids(checkpoint), layers, print):
+        weight, form = module.weight.double(), layers[name]
+        ranks = range(4, int(0.8 * form.rows * form.cols / (form.rows + form.cols)) + 1, 4)
+        curves[name] = [Option(form.rows * form.cols, 0.0)]
+        for rank in ranks:
+            left, right = whitened(weight, fed.mean_CC, rank)
+            off = weight - left @ right
+            lost = float(torch.trace(off @ fed.mean_CC @ off.T @ back.mean_CC))
+            curves[name].append(Option(rank * (form.rows + form.cols), lost))
+    budget = 0.7 * sum(form.rows * form.cols for form in layers.values())
+    taken = allocate(curves, budget)
+    assert made.stats["ranks"] == {name: 4 * taken[name] for name in layers if taken[name]}
+
+
+def test_a_quantization_needs_groups_that_divide_every_rank_there_may_be(tiny):
+    planned = SvdLlm(rank_multiple=4, keep=0.7).plan(model.layers(Checkpoint(tiny())))
     with pytest.raises(ValueError, match=r"group_size=32 does not divide the 4 inputs of .*left"):
         Rtn(group_size=32).plan(planned)
 

@@ -25,6 +25,9 @@ def test_lowest_error_of_all_methods_on_every_layer(kind, pattern):
             s(pattern=pattern).pruned(layer.weight, layer.gram) for s in stages
         )
         refitted = Wanda(pattern=pattern, refit=True).pruned(layer.weight, layer.gram)
+        gram = damped(layer.mean_CC, 0.01)
+        solved = refit(sparsegpt[1], gram, layer.weight.double() @ gram)
+        assert layer.error(solved, 0.01) < layer.error(sparsegpt[0], 0.01)
         errors.append([layer.error(w) for w, _ in (ours, refitted, sparsegpt, wanda)])
         assert errors[-1][0] < min(errors[-1][2:])
     ours, refitted, sparsegpt, wanda = torch.tensor(errors).mean(0)
@@ -43,6 +46,13 @@ def test_exactly_so_many_weights_go_and_no_other_weights_of_the_support_lose_les
     nudge = 1e-2 * torch.randn(weight.shape) * keep
     for other in (layer.weight * keep, weight + nudge):
         assert layer.error(weight, 0.01) <= layer.error(other, 0.01) * (1 + 1e-6)
+
+
+def test_the_share_that_goes_grows_in_the_first_half_and_n_of_m_go_at_once():
+    score = torch.rand(3, 64)
+    gone = [int((~Admm(pattern="row").mask(score, t)).sum()) for t in (0.0, 0.25, 0.5, 1.0)]
+    assert gone == [0, 3 * round(32 * 0.5 ** (1 / 3)), 3 * 32, 3 * 32]
+    assert follows(Admm(pattern="2:4").mask(score, 0.0), "2:4")
 
 
 def test_a_diagonal_gram_matrix_leaves_the_largest_weights_as_they_are():

@@ -43,7 +43,7 @@ def test_outliers_are_scores_above_five_times_the_mean():
 
 @pytest.mark.parametrize(
     ("method", "allocation"),
-    [(Wanda, "owl"), (SparseGpt, "owl"), (Admm, "owl"), (SparseGpt, "allocator")],
+    [(SparseGpt, "owl"), (Admm, "owl"), (SparseGpt, "allocator")],
 )
 def test_layers_differ_and_together_drop_what_was_asked_for(method, allocation, run, tiny):
     targets = ["*.mlp.*"]
@@ -57,6 +57,30 @@ def test_layers_differ_and_together_drop_what_was_asked_for(method, allocation, 
     assert made.stats["sparsity"] * total == pytest.approx(0.4 * chosen, rel=0.02)
     facts = verify(made, Artifact(path=tiny(), format="hf", key="k"), stage.plan(layers))
     assert facts["sparsity"] == pytest.approx(made.stats["sparsity"], rel=1e-3)
+
+
+def test_owl_looks_at_what_the_model_feeds_its_layers(run, tiny):
+    """Wanda's scores of all layers of a block, by hooks on the model as a whole."""
+    stage = Wanda(sparsity=0.4, allocation="owl", targets=["*.mlp.*"], calib=run.calib)
+    found = run(stage, tiny()).stats["sparsities"]
+    lm, squares = model.load(Checkpoint(tiny())), {}
+    for name in found:
+
+        def add(_, args, name=name):
+            squares[name] = squares.get(name, 0) + args[0].square().sum((0, 1))
+
+        lm.get_submodule(name).register_forward_pre_hook(add)
+    with torch.no_grad():
+        lm(run.calib.ids(Checkpoint(tiny())))
+    scores = {n: lm.get_submodule(n).weight.abs() * squares[n].sqrt() for n in found}
+    blocks = {n: n.partition(".mlp")[0] for n in found}
+    shares = {
+        block: outliers(torch.cat([scores[n].flatten() for n in found if blocks[n] == block]))
+        for block in blocks.values()
+    }
+    assert len(set(shares.values())) == 3
+    expected = owl(shares, dict.fromkeys(shares, 1), 0.4)
+    assert found == pytest.approx({n: expected[blocks[n]] for n in found}, abs=2e-3)
 
 
 def test_losses_are_those_of_whole_models_with_one_block_at_another_sparsity(run, tiny):

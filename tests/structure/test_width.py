@@ -86,6 +86,12 @@ def test_weights_are_the_least_squares_answer_and_never_worse_than_none():
         plain = compensated(layer, keep, moments_of(x), "none")
         error = [float((m(x[:, keep]) - layer(x)).square().sum()) for m in (ours, plain)]
         assert error[0] < error[1]
+        damp = 0.1 * (x[:, keep].square().sum() / 6).sqrt()  # rows that pull towards the weights
+        more = torch.cat([x[:, keep], damp * torch.eye(6).double()])
+        wanted = torch.cat([layer(x), damp * layer.weight[:, keep].T])
+        damped = compensated(layer, keep, moments_of(x), "weights", 0.01).weight
+        expected = torch.linalg.lstsq(more, wanted).solution.T
+        torch.testing.assert_close(damped.detach(), expected, rtol=1e-6, atol=1e-8)
 
 
 def test_it_is_the_dense_model_with_masked_channels(family, run, tiny):
