@@ -81,7 +81,7 @@ def build(request: Request, folder: Path, out: Path, progress: Progress) -> Buil
     config = builder.create_builder_config()
     sparse = sparse24(folder)
     _configure(trt, config, request, bool(sparse))
-    timings = _attach_timings(config, request.timing_cache)
+    kept = _attach_timings(config, request.timing_cache)
     profiles = {n: shapes(graph, sizes) for n, sizes in request.profiles.items()}
     for name, inputs in profiles.items():
         if not _add_profile(builder, config, inputs):
@@ -100,8 +100,9 @@ def build(request: Request, folder: Path, out: Path, progress: Progress) -> Buil
     if plan is None:
         raise RuntimeError(f"TensorRT built nothing: {logger.said()}")
     out.write_bytes(plan)
-    if timings is not None:
-        timings.write_bytes(config.get_timing_cache().serialize())
+    if kept is not None:
+        timings = config.get_timing_cache()
+        kept.write_bytes(timings.serialize())
     tensors = table(network, graph)
     return Built(tensors=tensors, profiles=profiles, sparse24=sparse, warnings=logger.warnings)
 
