@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import gzip
 import io
 import json
 import os
@@ -126,6 +127,25 @@ def test_bad_input_is_one_line_and_exit_code_2(runs, capsys, tmp_path):
     with pytest.raises(SystemExit) as wrong:
         call(capsys, "compair")
     assert wrong.value.code == 2
+
+
+def test_timings_that_are_none_are_one_line_and_exit_code_2(runs, capsys):
+    folder, _ = runs()
+    file = folder / "samples.jsonl.gz"
+    whole = file.read_bytes()
+    for content in (whole[:-20], b"not compressed", gzip.compress(b"{}\n"), gzip.compress(b"[")):
+        file.write_bytes(content)
+        code, out, err = call(capsys, "html", folder)
+        assert code == 2 and out == "" and err.count("\n") == 1
+        assert err.startswith(f"error: cannot read '{file}': ")
+
+
+def test_a_cell_that_one_run_did_not_measure_is_said_to_be_so(runs):
+    before, after = map(read, runs())
+    for key in compare.SPEEDS:
+        after["artifacts"][0]["cells"][1][key] = None
+    lines = [*compare.text(compare.compare(before, after))]
+    assert lines.count("    nothing that both have measured") == 1
 
 
 def test_schema_csv_and_html(runs, capsys):

@@ -148,9 +148,11 @@ def text(found: Mapping[str, Any]) -> Iterator[str]:
             yield f"  {key:10} {number(old)} -> {number(new)}{other}"
         for cell in artifact["cells"]:
             yield f"  {where(cell)}"
-            for key, metric in cell["metrics"].items():
-                if metric["ratio"] is not None:
-                    yield f"    {METRICS[key]:10} {_line(metric, found['controlled'])}"
+            both = {k: m for k, m in cell["metrics"].items() if m["ratio"] is not None}
+            for key, metric in both.items():
+                yield f"    {METRICS[key]:10} {_line(metric, found['controlled'])}"
+            if not both:
+                yield "    nothing that both have measured"
 
 
 def _line(metric: Mapping[str, Any], controlled: bool) -> str:

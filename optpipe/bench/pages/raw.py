@@ -11,6 +11,7 @@ from typing import Any
 
 from optpipe.bench.scenario import Cell
 from optpipe.bench.timed.samples import Sample, encode
+from optpipe.errors import InputError, one_line
 
 SAMPLES = "samples.jsonl.gz"
 MOST = 100_000
@@ -45,6 +46,7 @@ def read(folder: Path, jobs: Sequence[Mapping[str, Any]] = ()) -> list[Point]:
     """Those of the file in a folder; none where there is no file.
 
     Of a sweep those of its ``jobs``, as its report lists them, each with the name of its job.
+    Raises InputError for a file of anything else.
     """
     if jobs:
         return [
@@ -53,6 +55,13 @@ def read(folder: Path, jobs: Sequence[Mapping[str, Any]] = ()) -> list[Point]:
     file = folder / SAMPLES
     if not file.is_file():
         return []
+    try:
+        return _parsed(file)
+    except (OSError, EOFError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"cannot read '{file}': {one_line(error)}") from error
+
+
+def _parsed(file: Path) -> list[Point]:
     with gzip.open(file, "rt", encoding="ascii") as stream:
         return [
             _point(
