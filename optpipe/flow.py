@@ -78,18 +78,27 @@ def advance(module: nn.Module, flow: Flow, index: int) -> None:
         flow.hidden[sample] = call(module, flow, index, hidden)
 
 
+def ending(lm: PreTrainedModel, decoder: Decoder) -> nn.ModuleList:
+    """What makes logits of hidden states: the last norm and the head."""
+    return nn.ModuleList(lm.get_submodule(name) for name in (decoder.final_norm, decoder.head))
+
+
+def logits(lm: PreTrainedModel, decoder: Decoder, hidden: Tensor) -> Tensor:
+    """What a model says, (.., V), given the hidden states behind its last block, (.., H)."""
+    normed = lm.get_submodule(decoder.final_norm)(hidden)
+    found: Tensor = lm.get_submodule(decoder.head)(normed)
+    cap = decoder.logit_softcap
+    return cap * torch.tanh(found / cap) if cap else found
+
+
 def next_token_loss(
     lm: PreTrainedModel, decoder: Decoder, hidden: list[Tensor], ids_ST: Tensor
 ) -> float:
     """The mean over all samples and tokens, nats, from the hidden states behind the last block."""
-    norm, head = (
-        lm.get_submodule(n).to(hidden[0].device) for n in (decoder.final_norm, decoder.head)
-    )
+    ending(lm, decoder).to(hidden[0].device)
     losses = []
     for state, ids_T in zip(hidden, ids_ST, strict=True):
-        logits_TV = head(norm(state))[0, :-1]
-        if cap := decoder.logit_softcap:
-            logits_TV = cap * torch.tanh(logits_TV / cap)
+        logits_TV = logits(lm, decoder, state)[0, :-1]
         losses.append(functional.cross_entropy(logits_TV, ids_T[1:].to(logits_TV.device)).double())
     return float(torch.stack(losses).mean())
 

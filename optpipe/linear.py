@@ -261,7 +261,7 @@ def encode(name: str, module: nn.Module, form: Form, dtype: torch.dtype) -> dict
     if isinstance(module, Quantized):
         assert form.bits is not None
         stored["codes"] = pack(module.codes, form.bits)
-        stored["scales"] = module.scales
+        stored["scales"] = module.scales.to(scale_dtype(form.number))  # float32 while trained
         if module.zeros is not None:
             stored["zeros"] = pack(module.zeros, form.bits)
         for part in SCALARS:

@@ -26,7 +26,7 @@ from optpipe.blockwise import close_like_source, like_source
 from optpipe.checkpoint import Checkpoint, Writer
 from optpipe.device import fastest
 from optpipe.flow import Flow, advance, call, start
-from optpipe.recover.teacher import Teacher
+from optpipe.recover.teacher import Teacher, turn, turned
 from optpipe.recover.train import Recover
 from optpipe.recover.tune import Tuning
 from optpipe.stage import Progress
@@ -43,7 +43,8 @@ class Blockwise(Recover):
         student, device = Checkpoint(source.path), fastest()
         layers, blocks = self.plan(model.layers(student)), student.decoder.blocks
         ids_ST = self.calib.ids(student)
-        teacher = Teacher(Checkpoint(original.path), student, ids_ST)
+        untouched = Checkpoint(original.path)
+        teacher, basis = Teacher(untouched, student, ids_ST), turn(untouched, student)
         writer, lm = Writer(out, student), model.skeleton(student)
         flow = start(lm, blocks, ids_ST).to(device)
         errors = []
@@ -51,7 +52,8 @@ class Blockwise(Recover):
             module = model.fill(lm, block.name, student, torch.float32).to(device)
             tuning = Tuning(lm, student)
             tuning.add_block(block)
-            task = Task(module, flow, index, teacher.targets())
+            targets = [turned(hidden, basis) for hidden in teacher.advance()]
+            task = Task(module, flow, index, targets)
 
             def report(step: int, steps: int, name: str = block.name, done: int = index) -> None:
                 progress(name, done * steps + step, len(blocks) * steps)
@@ -72,7 +74,15 @@ class Blockwise(Recover):
     ) -> tuple[float, float]:
         """Train one block; its error before and after."""
         state, before = tuning.state(), task.error()
-        self.train(tuning, task.loss, (len(task.targets), task.targets[0].shape[1]), report)
+        tuning.start()
+
+        def learn(chosen: list[int], rate: float) -> None:
+            with torch.enable_grad():
+                task.loss(chosen).backward()
+            tuning.step(rate)
+
+        self.train(learn, (len(task.targets), task.targets[0].shape[1]), report)
+        tuning.settle()
         if (after := task.error()) < before:
             return before, after
         tuning.restore(state)

@@ -2,7 +2,7 @@
 
 The loss of a token is KL(p_teacher || p_student) over the whole vocabulary, at a temperature if
 asked for, plus a share of the squared error of the hidden states after every block (as in Minitron,
-arXiv:2407.14679). Both whole models are in memory.
+arXiv:2407.14679).
 
 'full' trains all weights of the blocks and the last norm, 'lora' a factor of low rank beside every
 dense weight instead (arXiv:2106.09685): W + mask * (B A). The mask is inside the product that is
@@ -17,18 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.nn import functional
-from transformers import PreTrainedModel
 
 from optpipe import model
 from optpipe.artifact import Artifact, Stats
-from optpipe.blockwise import close_like_source, like_source
-from optpipe.checkpoint import Checkpoint, Writer
-from optpipe.device import fastest
-from optpipe.recover.teacher import ends, turn, turned
+from optpipe.checkpoint import Checkpoint
+from optpipe.recover.lesson import Lesson
+from optpipe.recover.student import Student
 from optpipe.recover.train import Recover
-from optpipe.recover.tune import Tuning
 from optpipe.stage import Progress
 
 log = logging.getLogger(__name__)
@@ -72,87 +67,23 @@ class Distill(Recover):
     def run_with(
         self, source: Artifact, original: Artifact, out: Path, progress: Progress
     ) -> Stats:
-        student, teacher = Checkpoint(source.path), Checkpoint(original.path)
-        layers, decoder = self.plan(model.layers(student)), student.decoder
-        basis = turn(teacher, student) if self.hidden else None
-        models = _ready(teacher), (lm := _ready(student))
-        lesson = Lesson(*models, ends(teacher, student), basis, self)
-        tuning = Tuning(lm, student, self.rank if self.mode == LORA else 0)
-        for block in decoder.blocks:
-            tuning.add_block(block)
-        for name, _ in lm.get_submodule(decoder.final_norm).named_parameters(decoder.final_norm):
-            tuning.add_tensor(name)
-        ids_ST = self.calib.ids(student).to(fastest())
-        judged = max(len(ids_ST) // 8, 1)
-        before = lesson.divergence(ids_ST[:judged])
+        checkpoint = Checkpoint(source.path)
+        layers, ids_ST = self.plan(model.layers(checkpoint)), self.calib.ids(checkpoint)
+        lesson = Lesson(Checkpoint(original.path), checkpoint, ids_ST, self.hidden, out)
+        student = Student(checkpoint, ids_ST, self.rank if self.mode == LORA else 0, out)
+        samples, tokens = ids_ST.shape
+        judged = max(samples // 8, 1)
+        before = student.judge(lesson, judged)
 
-        def loss(chosen: list[int]) -> Tensor:
-            return lesson.loss(ids_ST[judged:][chosen])
+        def learn(chosen: list[int], rate: float) -> None:
+            student.learn(lesson, [judged + i for i in chosen], rate, self.temperature)
 
-        shape = (len(ids_ST) - judged, ids_ST.shape[1])
-        trained = self.train(tuning, loss, shape, lambda step, steps: progress("step", step, steps))
-        after = lesson.divergence(ids_ST[:judged])
+        shape = samples - judged, tokens
+        trained = self.train(learn, shape, lambda step, steps: progress("step", step, steps))
+        student.settle()
+        after = student.judge(lesson, judged)
         if after >= before:
             log.warning("distillation raised the divergence from %.4f to %.4f", before, after)
-        writer = Writer(out, student)
-        torch.nn.Module.to(lm, "cpu")
-        for block in decoder.blocks:
-            writer.add(block.name, like_source(lm, block, student, layers))
-        close_like_source(lm, student, writer, layers)
+        student.write(out, layers)
         facts = {"divergence_before": before, "divergence": after, "trained_tokens": trained}
         return {**facts, **self.calib.facts()}
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """What the student should say, and how far it is from that."""
-
-    teacher: PreTrainedModel
-    student: PreTrainedModel
-    ends: list[int]
-    """For each block of the student: after how many blocks of the teacher its place is."""
-    basis: Tensor | None
-    """The rotation from the teacher's hidden states to the student's."""
-    settings: Distill
-
-    def loss(self, ids_BT: Tensor) -> Tensor:
-        deep = self.settings.hidden > 0
-        with torch.no_grad():
-            wanted = self.teacher(ids_BT, use_cache=False, output_hidden_states=deep)
-        said = self.student(ids_BT, use_cache=False, output_hidden_states=deep)
-        loss = divergence(said.logits, wanted.logits, self.settings.temperature)
-        if not deep:
-            return loss
-        # the last state of transformers is normed, and the logits speak for it
-        places = enumerate(self.ends[:-1], 1)
-        targets = ((i, turned(wanted.hidden_states[end], self.basis)) for i, end in places)
-        errors = [_relative(said.hidden_states[i], target) for i, target in targets]
-        return loss + self.settings.hidden * torch.stack(errors).mean()
-
-    def divergence(self, ids_ST: Tensor) -> float:
-        """KL(teacher || student) per token, nats, at temperature 1."""
-        found = []
-        for ids_T in ids_ST:
-            said, wanted = (lm(ids_T[None], use_cache=False) for lm in (self.student, self.teacher))
-            found.append(divergence(said.logits, wanted.logits).double())
-        return float(torch.stack(found).mean())
-
-
-def divergence(said: Tensor, wanted: Tensor, temperature: float = 1.0) -> Tensor:
-    """temperature^2 KL(p_wanted || p_said), mean over all positions of logits (..., V)."""
-    ours, theirs = (
-        functional.log_softmax(logits.flatten(0, -2).float() / temperature, -1)
-        for logits in (said, wanted)
-    )
-    kl = functional.kl_div(ours, theirs, reduction="batchmean", log_target=True)
-    return kl * temperature**2
-
-
-def _relative(ours: Tensor, target: Tensor) -> Tensor:
-    return functional.mse_loss(ours, target) / target.var()
-
-
-def _ready(checkpoint: Checkpoint) -> PreTrainedModel:
-    lm = model.load(checkpoint)
-    torch.nn.Module.to(lm, fastest())
-    return lm

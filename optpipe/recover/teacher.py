@@ -20,25 +20,21 @@ class Teacher:
     """The untouched model, one block at a time."""
 
     def __init__(self, checkpoint: Checkpoint, student: Checkpoint, ids_ST: Tensor) -> None:
-        self._turn = turn(checkpoint, student)
         self._checkpoint, self._blocks = checkpoint, checkpoint.decoder.blocks
-        self._lm = model.skeleton(checkpoint)
-        self._flow = start(self._lm, self._blocks, ids_ST).to(fastest())
+        self.lm = model.skeleton(checkpoint)
+        self._flow = start(self.lm, self._blocks, ids_ST).to(fastest())
         self._ends = iter(ends(checkpoint, student))
         self._done = 0
 
-    def targets(self) -> list[Tensor]:
-        """Hidden states after the next block of the student, or after the blocks it stands for.
-
-        In the basis of the student.
-        """
+    def advance(self) -> list[Tensor]:
+        """Hidden states after what the next block of the student stands for, (1, T, H) a sample."""
         for index in range(self._done, end := next(self._ends)):
             name = self._blocks[index].name
-            module = model.fill(self._lm, name, self._checkpoint, torch.float32).to(fastest())
+            module = model.fill(self.lm, name, self._checkpoint, torch.float32).to(fastest())
             advance(module, self._flow, index)
-            model.drop(self._lm, name)
+            model.drop(self.lm, name)
         self._done = end
-        return [turned(hidden, self._turn) for hidden in self._flow.hidden]
+        return list(self._flow.hidden)
 
 
 def ends(teacher: Checkpoint, student: Checkpoint) -> list[int]:

@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 
 from optpipe.artifact import Artifact, Stats
 from optpipe.calibrate import Calib
 from optpipe.checkpoint import Checkpoint
 from optpipe.linear import Layers
-from optpipe.recover.tune import Tuning, check_tunable
+from optpipe.recover.tune import check_tunable
 from optpipe.stage import Progress, Stage
 
 WARM_UP = 0.1
@@ -60,28 +58,20 @@ class Recover(Stage):
 
     def train(
         self,
-        tuning: Tuning,
-        loss: Callable[[list[int]], Tensor],
+        learn: Callable[[list[int], float], None],
         shape: tuple[int, int],
         report: Callable[[int, int], None],
     ) -> int:
-        """Spend the budget on the loss of chosen samples; returns the tokens it was.
+        """Spend the budget; returns the tokens it was.
 
-        ``shape``: samples and their tokens. ``report`` is called with the step and all steps.
+        ``learn`` takes a step on chosen samples at a rate; ``shape``: samples and their tokens.
+        ``report`` is called with the step and all steps.
         """
         samples, tokens = shape
         steps = self.steps(tokens)
-        optimizer = tuning.optimizer(self.rate)
-        schedule = LambdaLR(optimizer, lambda step: rate_at(step, steps))
         for step, chosen in enumerate(batches(samples, self.batch, steps, self.calib.seed)):
             report(step, steps)
-            optimizer.zero_grad()
-            with torch.enable_grad():
-                loss(chosen).backward()
-            optimizer.step()
-            schedule.step()
-            tuning.project()
-        tuning.settle()
+            learn(chosen, self.rate * rate_at(step, steps))
         return steps * self.batch * tokens
 
 

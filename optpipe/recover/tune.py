@@ -9,6 +9,7 @@ nvfp4 and mxfp8 only the bias, since scales of 8 bits are too coarse to be train
 from __future__ import annotations
 
 import math
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,8 @@ class Adapter(nn.Module):
         a_KC = torch.randn(rank, cols, generator=generator) / math.sqrt(rank)
         self.a_KC = nn.Parameter(a_KC.to(weight_RC.device))
         self.b_RK = nn.Parameter(torch.zeros(rows, rank, device=weight_RC.device))
-        self.mask_RC = mask_RC
+        self.mask_RC: Tensor | None
+        self.register_buffer("mask_RC", mask_RC)
 
     def forward(self, weight_RC: Tensor) -> Tensor:
         delta_RC = self.b_RK @ self.a_KC
@@ -54,9 +56,10 @@ class Tuning:
         self._free: list[tuple[Tensor, float]] = []
         """What is trained, and a step of it in units of the rate."""
         self._stored: list[tuple[Tensor, torch.dtype]] = []
-        self._quantized: list[Quantized] = []
+        self._scales: list[Tensor] = []
         self._masked: list[tuple[Tensor, Tensor]] = []
         self._adapted: list[tuple[nn.Linear, torch.dtype]] = []
+        self._adam: torch.optim.Adam | None = None
 
     def add_block(self, block: Block) -> None:
         layers = tuple(f"{name}." for name in block.linears)
@@ -75,10 +78,10 @@ class Tuning:
         if isinstance(layer, Quantized):
             if layer.form.number not in BLOCKS:
                 layer.scales = layer.scales.float()
-                self._quantized.append(layer)
-                self._free.append((layer.scales, _size(layer.scales)))
+                self._scales.append(layer.scales)
+                self._add(layer.scales, torch.float16)
         elif self._rank and not name.endswith((".left", ".right")):
-            self._adapt(layer, dtype)
+            self._adapt(name, layer, dtype)
         else:
             weight = weight_of(layer)
             self._add(weight, dtype)
@@ -91,41 +94,58 @@ class Tuning:
         self._free.append((tensor, _size(tensor)))
         self._stored.append((tensor, dtype))
 
-    def _adapt(self, layer: nn.Module, dtype: torch.dtype) -> None:
+    def _adapt(self, name: str, layer: nn.Module, dtype: torch.dtype) -> None:
         assert isinstance(layer, nn.Linear)
         weight = layer.weight
-        adapter = Adapter(weight, mask_of(layer), self._rank, len(self._adapted))
+        adapter = Adapter(weight, mask_of(layer), self._rank, crc32(name.encode()))
         parametrize.register_parametrization(layer, "weight", adapter)
         self._adapted.append((layer, dtype))
         self._free.append((adapter.a_KC, _size(adapter.a_KC)))
         self._free.append((adapter.b_RK, _size(weight)))
 
-    def optimizer(self, rate: float) -> torch.optim.Adam:
-        """Adam; ``rate`` is in units of the root mean square of each tensor."""
-        groups = [{"params": [t.requires_grad_(True)], "lr": rate * s} for t, s in self._free]
-        return torch.optim.Adam(groups, betas=(0.9, 0.95))
+    def start(self) -> list[Tensor]:
+        """Ask for gradients; returns the moments of Adam, two for each tensor."""
+        groups = [{"params": [tensor.requires_grad_(True)]} for tensor, _ in self._free]
+        self._adam = torch.optim.Adam(groups, betas=(0.9, 0.95))
+        moments = []
+        for tensor, _ in self._free:
+            first, second = torch.zeros_like(tensor), torch.zeros_like(tensor)
+            state = {"step": torch.zeros(()), "exp_avg": first, "exp_avg_sq": second}
+            self._adam.state[tensor] = state
+            moments += [first, second]
+        return moments
 
     @torch.no_grad()
-    def project(self) -> None:
-        """Back to what the forms of the layers allow; after every step."""
+    def step(self, rate: float) -> None:
+        """A step of Adam; ``rate`` is in units of the root mean square of each tensor."""
+        assert self._adam is not None
+        for group, (_, size) in zip(self._adam.param_groups, self._free, strict=True):
+            group["lr"] = rate * size
+        self._adam.step()
+        self._adam.zero_grad()
+        self._project()
+
+    def _project(self) -> None:
+        """Back to what the forms of the layers allow."""
         for weight, mask in self._masked:
             weight *= mask
-        for layer in self._quantized:  # runtimes want scales above zero
-            layer.scales.clamp_(HALF.smallest_normal, HALF.max)
+        for scales in self._scales:  # runtimes want them above zero
+            scales.clamp_(HALF.smallest_normal, HALF.max)
 
     @torch.no_grad()
     def settle(self) -> None:
         """Merge, round to what is stored, and stop asking for gradients."""
+        self._adam = None
         for layer, dtype in self._adapted:
-            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+            merged = layer.weight
+            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+            layer.weight.copy_(merged)
             self._stored.append((layer.weight, dtype))
         self._adapted.clear()
         for tensor, dtype in self._stored:
             tensor.requires_grad_(False)
             tensor.grad = None
             tensor.copy_(tensor.to(dtype))
-        for quantized in self._quantized:
-            quantized.scales = quantized.scales.detach().half()
 
     def state(self) -> list[Tensor]:
         """A copy of all that is stored; not while adapters are in place."""
@@ -138,7 +158,7 @@ class Tuning:
 
     def _all(self) -> list[Tensor]:
         assert not self._adapted
-        return [t for t, _ in self._stored] + [layer.scales for layer in self._quantized]
+        return [tensor for tensor, _ in self._stored]
 
 
 def _size(tensor: Tensor) -> float:
