@@ -76,6 +76,7 @@ def _bits(checkpoint: Checkpoint, forms: Layers) -> Stats:
     padding = sum(_padding(form) for form in layers.values())
     return {
         "layer_bits": {name: form.bits for name, form in layers.items()},
+        "layer_inputs": sorted({form.inputs for form in layers.values() if form.inputs}),
         "bits_per_quantized_weight": (sum(held.values()) - padding) / _weights(layers),
     }
 

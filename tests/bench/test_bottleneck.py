@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -10,6 +11,7 @@ from optpipe.bench.bottlenecks.ceilings import Ceilings
 from optpipe.bench.bottlenecks.cost import Model, Product, cell_costs
 from optpipe.bench.bottlenecks.realised import realised
 from optpipe.bench.bottlenecks.roofline import floor_s
+from optpipe.bench.pages import bounds
 from optpipe.bench.scenario import Cell
 
 CEILINGS = Ceilings(bandwidth=((1e6, 1e11),), flops_per_s={"float32": 1e12, "int8": 4e12})
@@ -17,10 +19,14 @@ CELLS = [Cell("single", 1, 128, 33), Cell("batch", 4, 128, 33)]
 ETA, HOST_S = 0.8, 1e-4
 
 
-def model(bits=32, capacity=4096):
-    layer = Product(rows=4096, cols=4096, bytes=4096 * 4096 * bits / 8, dtype="float32")
+def model(bits=32, capacity=4096, layers=8, scratch=0):
+    """``scratch`` is in bytes a weight."""
+    count = 4096 * 4096
+    layer = Product(
+        rows=4096, cols=4096, bytes=count * bits / 8, dtype="float32", scratch=count * scratch
+    )
     return Model(
-        products=(layer,) * 8,
+        products=(layer,) * layers,
         vector_bytes=0.0,
         hidden=4096,
         tables=1,
@@ -66,9 +72,13 @@ def report():
     artifacts = [
         {
             "name": name,
+            "role": "baseline" if name == "baseline" else "artifact",
+            "stage": name.rpartition("+")[2],
             "lineage": [] if name == "baseline" else name.split("+"),
             "format": "ort" if name.endswith("build") else "hf",
             "device": "cpu",
+            "dtype": "float32",
+            "decoding": "kernel by kernel",
             "stats": {"bits": 4} if name == "quant" else {},
             "cells": [cell_entry(name, cell) for cell in CELLS],
         }
@@ -106,7 +116,7 @@ def test_every_cell_gets_a_class_by_three_votes_and_remedies_that_came_true_or_n
     assert decode["mbu"] == decode["eta"] == pytest.approx(ETA)
     assert base["phase"]["prefill"]["class"] == "compute"
     assert quant["phase"]["decode"]["class"] == "memory_bandwidth_weights"
-    int4 = next(r for r in decode["remedies"] if r["name"] == "int4 weights")
+    int4 = next(r for r in decode["remedies"] if r["name"] == "4-bit weights")
     assert int4["artifact"] == "quant", "what an engine adds is not the doing of int4"
     tpot = [report_time(report, name) for name in ("baseline", "quant")]
     assert int4["speedup"] == pytest.approx(tpot[0] / tpot[1])
@@ -123,21 +133,103 @@ def test_every_cell_gets_a_class_by_three_votes_and_remedies_that_came_true_or_n
     assert report["run"]["ceilings"]["cpu"]["int8"]["flops_per_s"] == 4e12
 
 
+LAYERS = {"verified": {"layer_bits": {"a": 4, "b": 4}, "bits_per_quantized_weight": 4.125}}
+MIXED = {"verified": {"layer_bits": {"a": 3, "b": 8}, "bits_per_quantized_weight": 5.5}}
+ROUNDED = {"verified": {"layer_bits": {"a": 8}, "layer_inputs": ["int8_token"]}}
+
+
 @pytest.mark.parametrize(
     ("stage", "stats", "name"),
     [
         ("prune", {"sparsity": 0.2, "pattern": "row"}, None),
         ("prune", {"sparsity": 0.5, "pattern": "2:4"}, "2:4 pruning with a sparse kernel"),
         ("structure", {"bits": 4}, None),
-        ("quant", {"bits": 4}, "int4 weights"),
+        ("structure", {}, "structured pruning, 25% of the weights"),
+        ("lowrank", {"ranks": {"a": 3}}, "low-rank factors, 25% of the weights"),
+        ("quant", {"bits": 4}, "4-bit weights"),
+        ("quant", {"bits": 4, **LAYERS}, "4-bit weights"),
+        ("quant", {"bits": 8, **MIXED}, "mixed-bit weights"),
+        ("quant", {"bits": 8, **ROUNDED}, "8-bit weights, 8-bit inputs"),
+        ("recover", {}, None),
     ],
 )
 def test_only_what_a_stage_did_alone_is_credited_to_it(report, stage, stats, name):
+    """A model of two of eight layers has a quarter of the weights."""
     made = report["artifacts"][1]
     made["lineage"], made["stats"] = [stage], stats
-    base, *_ = attached(report)
-    remedies = base["phase"]["decode"]["remedies"]
+    found = attached(
+        report, costs=COSTS | {("quant", CELLS[0]): cell_costs(model(layers=2), CELLS[0])}
+    )
+    remedies = found[0]["phase"]["decode"]["remedies"]
     assert [r["name"] for r in remedies if r["artifact"] == "quant"] == ([name] if name else [])
+
+
+def test_bits_are_those_that_are_stored(report):
+    report["artifacts"][1]["stats"] = {"bits": 4, **LAYERS}
+    decode = attached(report)[0]["phase"]["decode"]
+    cost = COSTS["baseline", CELLS[0]].decode
+    floor, rest = decode["floor_s"], decode["seconds"] - decode["floor_s"]
+    shorter = floor - cost.traffic["weights"].bytes * (1 - 4.125 / bits_of(cost)) / 1e11
+    assert named(decode, "4-bit weights")["predicted_speedup"] == (
+        pytest.approx(decode["seconds"] / (rest + shorter))
+    )
+
+
+def bits_of(cost):
+    return 8 * cost.traffic["weights"].bytes / cost.weights
+
+
+def named(phase, name):
+    return next(remedy for remedy in phase["remedies"] if remedy["name"] == name)
+
+
+def test_another_runtime_is_no_remedy_of_the_weights(report):
+    """The canonical graph of the codes also leaves torch."""
+    report["artifacts"][2] |= {"format": "onnx", "lineage": ["quant", "export"]}
+    decode = attached(report)[0]["phase"]["decode"]
+    assert named(decode, "4-bit weights")["artifact"] == "quant"
+
+
+def test_an_8_bit_cache_of_the_run_is_credited(report):
+    """A cache of 16384 tokens is most of the bytes."""
+    long = Cell("single", 1, 16384, 33)
+    many = [cell_costs(replace(model(), kv_dtype=dtype), long) for dtype in (None, "int8")]
+    base, made = report["artifacts"][:2]
+    made["lineage"], made["stats"] = ["cache"], {"kv_cache": "int8"}
+    for artifact, cost in zip((base, made), many, strict=True):
+        artifact["cells"] = artifact["cells"][:1]
+        artifact["cells"][0]["tpot_s"] = floor_s(cost.decode, CEILINGS) / ETA
+        artifact["cells"][0]["prefill_s"] = floor_s(cost.prefill, CEILINGS) / ETA
+    del report["artifacts"][2]
+    ratio = base["cells"][0]["tpot_s"] / made["cells"][0]["tpot_s"]
+    made["cells"][0]["speedup"]["tpot_s"]["ratio"] = ratio
+    costs = {(a["name"], CELLS[0]): cost for a, cost in zip((base, made), many, strict=True)}
+    found = attached(report, costs=costs)[0]["phase"]["decode"]
+    assert found["class"] == "memory_bandwidth_kv"
+    cache = named(found, "8-bit KV cache")
+    assert (cache["artifact"], cache["speedup"]) == ("quant", pytest.approx(ratio))
+    assert cache["executed_speedup"] == pytest.approx(cache["predicted_speedup"])
+
+
+def test_the_baseline_in_half_precision_is_a_remedy_of_the_baseline(report):
+    other = report["artifacts"][1]
+    other |= {"role": "reference", "lineage": [], "stats": {}, "dtype": "bfloat16"}
+    fast = Ceilings(bandwidth=((1e6, 1e11),), flops_per_s={"float32": 1e12, "bfloat16": 4e12})
+    bottleneck.attach(report, COSTS, {"cpu": fast})
+    prefill = report["artifacts"][0]["cells"][0]["bottleneck"]["phase"]["prefill"]
+    assert named(prefill, "mixed precision: bfloat16")["artifact"] == "quant"
+
+
+def test_what_a_runtime_executes_is_told_beside_what_the_remedy_promised(report):
+    """Codes of 4 bits that are kept in bytes and become floats at every call."""
+    slow = cell_costs(model(8.5, scratch=24), CELLS[0])
+    found = attached(report, costs=COSTS | {("quant", CELLS[0]): slow})
+    decode = found[0]["phase"]["decode"]
+    int4 = named(decode, "4-bit weights")
+    floor = floor_s(slow.decode, CEILINGS)
+    after = decode["seconds"] - decode["floor_s"] + floor
+    assert int4["executed_speedup"] == pytest.approx(decode["seconds"] / after) and after > floor
+    assert int4["executed_speedup"] < 1 < int4["predicted_speedup"]
 
 
 def report_time(report, name):
@@ -204,12 +296,21 @@ def test_a_cell_that_was_not_counted_says_so(report):
     assert found["class"] is None and found["reasons"]["class"] == bottleneck.NO_COST
 
 
-def test_the_table_has_two_phases_an_artifact(report):
+def test_the_tables_have_two_phases_an_artifact_and_what_came_true(report):
     attached(report)
-    (title, rows), _ = bottleneck.rows(report)
-    assert title == "single: 1 x 128 prompt tokens" and len(rows) == 6
-    assert all(len(row) == len(bottleneck.HEADER) for row in rows)
-    assert rows[1][:4] == ["baseline", "decode", "memory_bandwidth_weights", "0.80"]
+    (title, rows), _ = bounds.limits(report)
+    assert title == "single: 1 \u00d7 128 tokens in, 33 out" and len(rows) == 6
+    assert all(len(row) == len(bounds.LIMIT) for row in rows)
+    assert rows[1][:4] == ("1 baseline", "decode", "memory_bandwidth_weights", "0.80")
+    (title, rows), _ = bounds.outcomes(report)
+    assert title == "single: 1 \u00d7 128 tokens in, 33 out"
+    assert all(len(row) == len(bounds.OUTCOME) for row in rows)
+    decode = report["artifacts"][0]["cells"][0]["bottleneck"]["phase"]["decode"]
+    int4 = named(decode, "4-bit weights")
+    figures = [f"{int4[k]:.2f}" for k in ("predicted_speedup", "executed_speedup", "speedup")]
+    row = ("1 baseline", "decode", "4-bit weights", "2 + quant", *figures)
+    assert (*row, f"{int4['realised']:.0%}") in rows
+    assert sum(row[2] == bounds.ALL for row in rows) == 4, "of two artifacts and two phases"
 
 
 def test_what_came_true_is_a_ratio_of_logs():

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 import reports
 
-from optpipe.bench.pages import charts, curves, figure, html, publish, raw
+from optpipe.bench.pages import bounds, charts, curves, figure, html, publish, raw
 from optpipe.bench.pages.view import DASH, names, parent, three_digits
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -119,6 +119,13 @@ def test_the_headline_holds_the_numbers_of_the_report(whole):
     assert "python -m optpipe recipe=int4_ort quant.bits=4" in whole_text
     assert "2.13.0" in whole_text and "abacus" in whole_text
     assert "7 + build \u2013 the fastest within its tier" in whole_text
+
+
+def test_what_was_predicted_stands_beside_what_came_true(whole):
+    _, text = whole
+    row = ["1 baseline", "decode", "4-bit weights", "5 + quant", "2.60", "0.80", "1.50", "42%"]
+    assert row in Page(text).rows
+    assert ["1 baseline", "decode", bounds.ALL, "7 + build"] in [r[:4] for r in Page(text).rows]
 
 
 def test_what_is_missing_is_a_dash_with_its_reason_and_never_0(tmp_path):

@@ -25,7 +25,9 @@ def job_report(gain, key, cells=1):
     found = reports.report(made, cells)
     for artifact in made:
         for cell in artifact["cells"]:
-            cell["bottleneck"]["remedies"][0]["artifact"] = "prune+quant"
+            for entry in cell["bottleneck"]["phase"].values():
+                for remedy in (entry or {}).get("remedies", ())[:1]:
+                    remedy["artifact"] = "prune+quant"
     return found
 
 
@@ -63,7 +65,7 @@ def test_artifacts_of_all_jobs_are_in_one_report_of_the_same_kind(sweep, tmp_pat
     assert last["cells"][0]["speedup"] == four["artifacts"][3]["cells"][0]["speedup"]
     assert last["label"] == "quant.bits=4 + build"
     assert charts.names(found)[5] == "6 quant.bits=4 + build"
-    remedy = last["cells"][0]["bottleneck"]["remedies"][0]
+    remedy = last["cells"][0]["bottleneck"]["phase"]["decode"]["remedies"][0]
     assert remedy["artifact"] == "quant.bits=4 prune+quant"
     run = found["run"]
     assert run["overrides"] == ["recipe=mine"] and run["duration_s"] == 122.0

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from optpipe.bench.bottlenecks import roofline
 from optpipe.bench.bottlenecks.ceilings import Ceilings, curve
 from optpipe.bench.bottlenecks.cost import Model, Product
-from optpipe.bench.bottlenecks.remedies import Bound, Remedy, queue_remedies, remedies, scaled
 from optpipe.bench.bottlenecks.roofline import ImpossibleError, Step, Use
 
 BANDWIDTH, PEAK = 2e11, 2e13
@@ -197,49 +196,3 @@ def test_a_bandwidth_curve_is_a_ceiling_and_never_rises(found):
 def test_bandwidth_between_two_sizes_is_geometric():
     ceilings = Ceilings(bandwidth=((1e6, 400.0), (1e8, 100.0)), flops_per_s={})
     assert ceilings.bytes_per_s(1e7) == pytest.approx(200)
-
-
-def bound(kind, cost, eta, host=None):
-    found = roofline.use(cost, roofline.floor_s(cost, CEILINGS) / eta, CEILINGS)
-    return Bound(kind=kind, cost=cost, found=found, host=host, ceilings=CEILINGS)
-
-
-def named(found, name):
-    return next(remedy for remedy in found if name in remedy.name)
-
-
-def test_predictions_are_amdahls_law_at_the_measured_eta():
-    """Llama-2-7B on an A100 by gpt-fast: eta 0.69; int8 came to 1.48 times, int4 to 1.88."""
-    cost = model().step(1, 1, 0)
-    found = remedies(bound(roofline.WEIGHTS, cost, 0.69))
-    int8, int4 = named(found, "int8 weights"), named(found, "int4 weights")
-    assert int8.predicted == pytest.approx(1 / (0.31 + 0.69 * 8.5 / 16), rel=1e-3)
-    assert int4.predicted == pytest.approx(1 / (0.31 + 0.69 * 4.5 / 16), rel=1e-3)
-    assert int8.predicted == pytest.approx(1.48, rel=0.02)
-    assert int4.predicted == pytest.approx(1.88, rel=0.08)
-    predicted = [remedy.predicted for remedy in found]
-    assert predicted == sorted(predicted, reverse=True)
-    assert named(found, "twice the batch").predicted == pytest.approx(2, rel=0.02)
-
-
-def test_a_remedy_that_is_there_already_is_not_advised():
-    codes = scaled(model().step(1, 1, 0), weights=4.5 / 16)
-    names = [remedy.name for remedy in remedies(bound(roofline.WEIGHTS, codes, 0.8))]
-    assert not any("int8" in name or "int4" in name or "2:4" in name for name in names)
-
-
-def test_remedies_fit_their_class():
-    cost, prompt = model().step(64, 1, 8192), model().step(8, 65536, 0)
-    kv = remedies(bound(roofline.KV, cost, 0.8))
-    assert {"int8 KV cache", "int4 weights"} <= {remedy.name for remedy in kv}
-    compute = remedies(bound("compute", prompt, 0.8))
-    assert named(compute, "mixed precision").predicted == pytest.approx(1 / (0.2 + 0.4), rel=0.01)
-    assert named(compute, "structured pruning") and named(compute, "local-window attention")
-    assert named(compute, "chunked prefill").predicted is None
-    host = remedies(bound("host", cost, 0.8, host=0.5))
-    assert named(host, "CUDA graphs").predicted == pytest.approx(2)
-    assert named(host, "twice the batch").predicted == pytest.approx(2 / 1.5)
-    kernel = remedies(bound("kernel", cost, 0.2))
-    assert named(kernel, "better kernels").predicted == pytest.approx(4)
-    queue = queue_remedies(ttft_s=1.0, queue_s=0.75)
-    assert isinstance(queue[0], Remedy) and queue[0].predicted == pytest.approx(4)

@@ -5,7 +5,7 @@ Works on the entries of report.json, so that it can be run again on a stored rep
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import isclose, log
 from typing import Any
@@ -13,9 +13,20 @@ from typing import Any
 from optpipe.bench.bottlenecks import roofline
 from optpipe.bench.bottlenecks.ceilings import Ceilings
 from optpipe.bench.bottlenecks.cost import PhaseCost, PhaseCosts
-from optpipe.bench.bottlenecks.realised import TIMES, Place, advice, cell_of, outcome, promised
-from optpipe.bench.bottlenecks.remedies import Bound, capacity_remedies, queue_remedies, remedies
+from optpipe.bench.bottlenecks.realised import (
+    ENGINES,
+    TIMES,
+    Place,
+    advice,
+    cell_of,
+    outcome,
+    promised,
+    twins,
+)
+from optpipe.bench.bottlenecks.remedies import remedies
 from optpipe.bench.bottlenecks.roofline import ImpossibleError, Step
+from optpipe.bench.bottlenecks.waiting import capacity_remedies, queue_remedies
+from optpipe.bench.bottlenecks.whatif import Bound
 from optpipe.bench.scenario import Cell
 
 Entry = dict[str, Any]
@@ -34,8 +45,6 @@ ITSELF = "the baseline itself, or one that was not counted"
 NO_COST = "the bytes and FLOPs of this cell were not counted"
 NO_HOST = "only the wall time is known: the host's share of it is not"
 SERVED = "requests of a server differ in length and batch, so that no step is like another"
-HEADER = ("artifact", "phase", "bound by", "MBU", "MFU", "of roofline", "FLOP/B", "ridge",
-          "best remedy", "predicted x", "came true")  # fmt: skip
 
 
 def attach(
@@ -56,37 +65,6 @@ def attach(
         for cell in artifact["cells"]:
             cell["bottleneck"] = book.entry(artifact, cell)
     run["invalid_reasons"] += book.impossible
-
-
-def rows(report: Mapping[str, Any]) -> Iterator[tuple[str, list[list[str]]]]:
-    """One table a cell for report.md, with HEADER: its title, its rows in pipeline order.
-
-    None for a report to which :func:`attach` added nothing.
-    """
-    artifacts = report["artifacts"] if "ceilings" in report["run"] else []
-    for index, cell in enumerate(artifacts[0]["cells"] if artifacts else []):
-        title = f"{cell['scenario']}: {cell['batch']} x {cell['prompt_tokens']} prompt tokens"
-        yield title, [row for artifact in artifacts for row in _rows(artifact, index)]
-
-
-def _rows(artifact: Mapping[str, Any], index: int) -> Iterator[list[str]]:
-    found = artifact["cells"][index].get("bottleneck")  # a sweep has cells that not all jobs have
-    for phase in TIMES if found else ():
-        if entry := found["phase"][phase]:
-            yield _row(artifact["name"], phase, entry)
-
-
-def _row(name: str, phase: str, entry: Entry) -> list[str]:
-    best: Entry = next(iter(entry["remedies"]), {})
-    numbers = [entry["mbu"], entry["mfu"], entry["eta"], entry["intensity"], entry["ridge"]]
-    shown = [_shown(value, "{:.2f}") for value in numbers]
-    predicted = _shown(best.get("predicted_speedup"), "{:.2f}")
-    came = _shown(best.get("realised"), "{:.0%}")
-    return [name, phase, entry["class"] or "-", *shown, best.get("name", "-"), predicted, came]
-
-
-def _shown(value: float | None, pattern: str) -> str:
-    return "-" if value is None else pattern.format(value)
 
 
 @dataclass(kw_only=True)
@@ -158,11 +136,26 @@ class _Book:
             "reasons": reasons,
         }
         if kind is not None:
-            ceilings = self.ceilings[artifact["device"]]
-            bound = Bound(kind=kind, cost=cost, found=step.use, host=host, ceilings=ceilings)
-            where = Place(report=self.report, artifact=artifact, cell=cell, phase=phase)
-            found["remedies"] = [outcome(r, where) for r in remedies(bound)]
+            bound = Bound(
+                kind=kind,
+                phase=phase,
+                cost=cost,
+                found=step.use,
+                host=host,
+                ceilings=self.ceilings[artifact["device"]],
+                engine=artifact["format"] in ENGINES,
+                launched=artifact["device"] != "cpu"
+                and not (phase == "decode" and "CUDA graph" in artifact["decoding"]),
+            )
+            found["remedies"] = self._advice(bound, artifact, cell)
         return found
+
+    def _advice(self, bound: Bound, artifact: Entry, cell: Entry) -> list[Entry]:
+        """The remedies of a step, and what came of those that were tried."""
+        where = Place(report=self.report, artifact=artifact, cell=cell, phase=bound.phase)
+        made = twins(where, lambda later: self._cost(bound.phase, later, cell))
+        tried = {does: twin.amount for does, twin in made.items()}
+        return [outcome(r, made.get(r.does or ""), bound, where) for r in remedies(bound, tried)]
 
     # ---- what was measured
 

@@ -64,6 +64,8 @@ class PhaseCost:
     """Weights that are multiplied, in elements."""
     kv_item: int
     """Bytes of an element of the KV cache."""
+    kv_in_place: float
+    """Bytes of the KV cache that such a step has to move: in place, up to what is filled."""
 
     @property
     def bytes(self) -> float:
@@ -134,12 +136,18 @@ class Model:
             attention_flops=attention,
             weights=sum(p.rows * p.cols for p in self.products),
             kv_item=self.kv_item,
+            kv_in_place=batch * self._kappa * sum(in_place(w, tokens, depth) for w in self.windows),
         )
+
+    @property
+    def _kappa(self) -> int:
+        """Bytes of a token in the cache of one layer."""
+        return 2 * self.kv_heads * self.head_dim * self.kv_item
 
     def _traffic(self, batch: int, tokens: int, depth: float) -> dict[str, Traffic]:
         streamed = sum(p.bytes for p in self.products) + self.vector_bytes
         rows = batch * tokens * self.tables * self.hidden * self.item
-        kappa = 2 * self.kv_heads * self.head_dim * self.kv_item
+        kappa = self._kappa
         kv = batch * kappa * sum(self._kv_tokens(w, tokens, depth) for w in self.windows)
         widths = [(p.rows + p.cols) * (batch if p.head else batch * tokens) for p in self.products]
         scratch = [p.scratch for p in self.products]
@@ -162,7 +170,7 @@ class Model:
         """Keys and values that one row moves in one layer, in tokens."""
         if self.cache == "whole":
             return self.capacity + tokens
-        moved = tokens + (_seen(depth + tokens, window) if depth else 0.0)
+        moved = in_place(window, tokens, depth)
         if self.cache == "concatenated":
             moved += 2 * (_seen(depth + 1, window) - 1 if depth else 0.0)
         return moved
@@ -182,6 +190,12 @@ def cell_costs(model: Model, cell: Cell) -> PhaseCosts:
         decode=model.step(cell.batch, 1, depth) if cell.new_tokens > 1 else None,
         capacity=model.capacity,
     )
+
+
+def in_place(window: int | None, tokens: int, depth: float) -> float:
+    """Tokens of the cache that one row has to move in one layer: new ones written, seen ones read;
+    of a prompt attention reads what was just made."""
+    return tokens + (_seen(depth + tokens, window) if depth else 0.0)
 
 
 def causal_pairs(tokens: int, depth: float, window: int | None) -> float:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import isclose, log
 from typing import Any
 
-from optpipe.bench.bottlenecks.remedies import Remedy
+from optpipe.bench.bottlenecks.cost import PhaseCost
+from optpipe.bench.bottlenecks.whatif import Bound, Remedy
 from optpipe.bench.scenario import Cell
 
 Entry = dict[str, Any]
 TIMES = {"prefill": "prefill_s", "decode": "tpot_s"}
 """Phase -> the metric of a cell that times one step of it."""
-ENGINE = "ort"
-"""The format of artifacts that were built for one runtime."""
+ENGINES = {"ort", "tensorrt"}
+"""Formats of artifacts that were built for one runtime."""
 MARKED = {"prune", "lowrank", "quant", "export", "build"}
-"""Stages whose figures or format say what they did; others are no remedy that is listed."""
+"""Stages whose figures or format say what they did; others did what they are called."""
 NO_ARTIFACT = "no later artifact of this run is this one with this remedy alone"
 NO_RATIO = "no paired ratio, or nothing was promised"
 
@@ -58,53 +59,98 @@ def promised(bytes_ratio: float, floor_ratio: float, cell: Entry, phase: str) ->
     }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Twin:
+    """A later artifact that is an earlier one with one remedy."""
+
+    artifact: Entry
+    cost: PhaseCost
+    """As its own runner executes the step."""
+    amount: float
+    """How much of the remedy: bits a weight with scales, or the share of the weights it kept."""
+
+
+def twins(where: Place, cost_of: Callable[[Entry], PhaseCost | None]) -> dict[str, Twin]:
+    """What was done alone, as Remedy.does names it -> the last artifact that is this."""
+    own, found = cost_of(where.artifact), {}
+    for later in _after(where, where.artifact):
+        done, cost = _done(where, later), cost_of(later)
+        if len(done) == 1 and own is not None and cost is not None:
+            ((mark, amount),) = done.items()
+            kept = cost.weights / own.weights
+            found[mark] = Twin(artifact=later, cost=cost, amount=kept if amount is None else amount)
+    return found
+
+
 def advice(remedy: Remedy) -> Entry:
     """A remedy as a report shows it, without an artifact that is one."""
-    reasons = dict.fromkeys(("artifact", "speedup", "realised"), NO_ARTIFACT)
+    needs = f"it needs {remedy.needs}" if remedy.needs else ""
+    figures = ("executed_speedup", "artifact", "speedup", "realised")
     return {
         "name": remedy.name,
-        "why": remedy.why,
+        "why": "; ".join(part for part in (remedy.why, needs, remedy.unknown) if part),
         "predicted_speedup": remedy.predicted,
-        "artifact": None,
-        "speedup": None,
-        "realised": None,
-        "reasons": reasons | ({"predicted_speedup": remedy.why} if not remedy.predicted else {}),
+        **dict.fromkeys(figures),
+        "reasons": dict.fromkeys(figures, NO_ARTIFACT)
+        | ({} if remedy.predicted else {"predicted_speedup": remedy.unknown}),
     }
 
 
-def outcome(remedy: Remedy, where: Place) -> Entry:
-    """A remedy, and the last artifact of the run that is this one with it alone, if any is."""
+def outcome(remedy: Remedy, twin: Twin | None, bound: Bound, where: Place) -> Entry:
+    """A remedy, and what came of it in the artifact that is this one with it alone, if any is."""
     found = advice(remedy)
-    later = [a for a in _after(where, where.artifact) if _done(where, a) == {remedy.does}]
-    if later:
-        twin = next(c for c in later[-1]["cells"] if cell_of(c) == cell_of(where.cell))
-        after, before = (c["speedup"][TIMES[where.phase]]["ratio"] for c in (twin, where.cell))
+    if twin is not None:
+        same = next(c for c in twin.artifact["cells"] if cell_of(c) == cell_of(where.cell))
+        after, before = (c["speedup"][TIMES[where.phase]]["ratio"] for c in (same, where.cell))
         speedup = after / before if after and before else None
-        found |= {"artifact": later[-1]["name"], "speedup": speedup}
-        found["realised"] = realised(speedup, remedy.predicted)
+        found |= {
+            "artifact": twin.artifact["name"],
+            "executed_speedup": bound.faster(twin.cost),
+            "speedup": speedup,
+            "realised": realised(speedup, remedy.predicted),
+        }
         found["reasons"] |= dict.fromkeys(("speedup", "realised"), NO_RATIO)
     found["reasons"] = {k: why for k, why in found["reasons"].items() if found[k] is None}
     return found
 
 
 def _after(where: Place, artifact: Entry) -> list[Entry]:
-    """Artifacts that were made from this one, in pipeline order."""
+    """Artifacts that were made from this one, in pipeline order; from the baseline also itself in
+    another dtype."""
     own = artifact["lineage"]
     return [
         a
         for a in where.report["artifacts"]
-        if len(a["lineage"]) > len(own) and a["lineage"][: len(own)] == own
+        if (len(a["lineage"]) > len(own) and a["lineage"][: len(own)] == own)
+        or (a["role"] == "reference" and artifact["role"] == "baseline")
     ]
 
 
-def _done(where: Place, later: Entry) -> set[str]:
-    """What the stages between an artifact and a later one did, as Remedy.does names it."""
-    done = {"engine"} if later["format"] == ENGINE != where.artifact["format"] else set()
-    made = _after(where, where.artifact)
+def _done(where: Place, later: Entry) -> dict[str, float | None]:
+    """What lies between an artifact and a later one, as Remedy.does names it; and how much of it,
+    where its stage says so."""
+    own, done = where.artifact, dict[str, float | None]()
+    if later["format"] != own["format"]:
+        done["engine" if later["format"] in ENGINES else "runtime"] = None
+    elif later["dtype"] != own["dtype"]:
+        done[later["dtype"]] = None
+    made = _after(where, own)
     for stage in (a for a in made if a is later or later in _after(where, a)):
+        if not stage["lineage"]:
+            continue
         stats = stage["stats"]
-        done |= {f"bits {stats['bits']}"} if "bits" in stats else set()
-        done |= {"ranks"} if stats.get("ranks") else set()
-        done |= {f"pattern {stats.get('pattern')}"} if stats.get("sparsity") else set()
-        done |= {stage["lineage"][-1]} - MARKED
+        done |= _rounded(stats) if "bits" in stats else {}
+        done |= {"ranks": None} if stats.get("ranks") else {}
+        done |= {f"pattern {stats.get('pattern')}": None} if stats.get("sparsity") else {}
+        done |= dict.fromkeys({stage["lineage"][-1]} - MARKED)
     return done
+
+
+def _rounded(stats: Entry) -> dict[str, float | None]:
+    """'4-bit weights', 'mixed-bit weights', '8-bit weights, 8-bit inputs'; bits with scales."""
+    facts = {**stats, **stats.get("verified", {})}
+    bits = {*facts.get("layer_bits", {"": stats["bits"]}).values()}
+    name = f"{bits.pop() if len(bits) == 1 else 'mixed'}-bit weights"
+    if inputs := facts.get("layer_inputs"):
+        name += f", {4 if inputs == ['nvfp4_block'] else 8}-bit inputs"
+    return {name: facts.get("bits_per_quantized_weight", stats["bits"])}

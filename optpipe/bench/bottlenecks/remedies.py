@@ -1,237 +1,185 @@
-"""What would lift each bound, and how much: Amdahl's law on the bytes and FLOPs of a step.
+"""What would lift each bound, and by how much: the remedies of each class of a step.
 
-A step takes its floor and a rest. A remedy changes the floor; the rest stays:
-
-    predicted = tokens' / tokens * t / (t - floor_s + floor_s')
+Those for waiting, of the host, of kernels, in a queue or for memory, are in `waiting`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from types import MappingProxyType
 
-from optpipe.bench.bottlenecks import roofline
-from optpipe.bench.bottlenecks.ceilings import Ceilings
-from optpipe.bench.bottlenecks.cost import PhaseCost, Traffic
+from optpipe.bench.bottlenecks import roofline, waiting
+from optpipe.bench.bottlenecks.cost import ITEM_BYTES, PhaseCost
+from optpipe.bench.bottlenecks.whatif import Bound, Remedy, scaled
 
-GROUP_BITS = 0.5
+Tried = Mapping[str, float]
+"""What later artifacts did, as Remedy.does names it, and how much: bits a weight, share kept."""
+NOTHING: Tried = MappingProxyType({})
+SCALE_BITS = 0.5
 """What a 16-bit scale for each 32 weights adds to each."""
+LEVELS = {"8-bit weights": 8 + SCALE_BITS, "4-bit weights": 4 + SCALE_BITS}
+"""Bits that a step reads for each weight, scales included."""
+INTEGERS = "8-bit weights, 8-bit inputs"
 WORTH = 0.95
 """A change that keeps more of what it shrinks than this is none."""
 KEEP = 0.8
-"""Parameters that a low-rank or structured pruning remedy keeps."""
-TWO_FOUR = 0.5625
-"""Bytes of 2:4 sparse 16-bit weights and their indices, of the dense ones."""
-GOOD_ETA = 0.8
-"""Of the roofline, what a well-made kernel reaches."""
+"""Weights that a low-rank or structured pruning remedy keeps."""
+MOST = 0.6
+"""A part of the bytes that is more leaves nothing to gain from the other, weights or KV cache."""
 ATTENTION_SHARE = 0.4
+DRAFTED = 4
+"""Tokens that speculative decoding checks in one step, beside the one that is sure."""
+MODEL, DEVICE, SERVER = "a model trained so", "a second device", "a server with other requests"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Remedy:
-    """One advice for one step."""
+def remedies(bound: Bound, tried: Tried = NOTHING) -> list[Remedy]:
+    """For the class of a step, those that predict most first; what needs what is not here, last.
 
-    name: str
-    why: str
-    predicted: float | None = None
-    """Times faster, per token; None: ``why`` says what it does instead."""
-    does: str | None = None
-    """How an artifact shows that it is this remedy: 'bits 4', 'ranks', 'sparsity', 'engine'."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bound:
-    """A step whose class is known."""
-
-    kind: str
-    cost: PhaseCost
-    found: roofline.Use
-    host: float | None
-    ceilings: Ceilings
-
-    def faster(self, changed: PhaseCost, tokens: float = 1.0) -> float:
-        """The prediction for a step of another cost and ``tokens`` times the tokens."""
-        after = self.found.seconds - self.found.floor_s + roofline.floor_s(changed, self.ceilings)
-        return tokens * self.found.seconds / after
-
-
-def remedies(bound: Bound) -> list[Remedy]:
-    """For the class of a step, the ones that predict most first."""
+    A remedy that was ``tried`` is predicted for as much of it as was done.
+    """
     by_kind = {
-        roofline.WEIGHTS: _weights,
-        roofline.KV: _kv,
+        roofline.WEIGHTS: _memory,
+        roofline.KV: _memory,
         roofline.COMPUTE: _compute,
-        roofline.HOST: _host,
-        roofline.KERNEL: _kernel,
+        roofline.HOST: waiting.host,
+        roofline.KERNEL: waiting.kernel,
     }
-    found = by_kind[bound.kind](bound) if bound.kind in by_kind else iter(())
-    return sorted(found, key=lambda remedy: -(remedy.predicted or 0.0))
+    found = by_kind[bound.kind](bound, tried) if bound.kind in by_kind else iter(())
+    return sorted(found, key=lambda remedy: (bool(remedy.needs), -(remedy.predicted or 0.0)))
 
 
-def queue_remedies(ttft_s: float, queue_s: float) -> list[Remedy]:
-    """``predicted`` is for TTFT, if nothing waited any more."""
-    most = ttft_s / (ttft_s - queue_s)
-    return [
-        Remedy(name="chunked prefill", why="a long prompt no longer blocks others", predicted=most),
-        Remedy(name="continuous batching", why="requests join a running batch", predicted=most),
-        Remedy(
-            name="prefill-decode disaggregation",
-            why="prompts wait for prompts only",
-            predicted=most,
-        ),
-    ]
+def _memory(bound: Bound, tried: Tried) -> Iterator[Remedy]:
+    """For weights, for the cache, or, where neither is most of the bytes, for both."""
+    parts = bound.cost.traffic
+    weights, kv = (parts[name].bytes / bound.cost.bytes for name in ("weights", "kv"))
+    if kv <= MOST:
+        yield from _weights(bound, tried, f"weights are {weights:.0%} of the bytes of a step")
+    if weights <= MOST:
+        yield from _kv(bound, f"the KV cache is {kv:.0%} of the bytes of a step")
+    yield _two_devices(bound)
 
 
-def capacity_remedies() -> list[Remedy]:
-    makes_room = {
-        "KV cache quantization": "twice the tokens in the same memory at 8 of 16 bits",
-        "paged KV cache": "no memory for tokens that are not there",
-        "local-window attention": "a cache that stops growing",
-        "offload": "a second, slower memory",
-    }
-    return [Remedy(name=name, why=why) for name, why in makes_room.items()]
-
-
-def _weights(bound: Bound) -> Iterator[Remedy]:
-    share = bound.cost.traffic["weights"].bytes / bound.cost.bytes
-    why = f"weights are {share:.0%} of the bytes of a step"
-    yield from _quantization(bound, why)
-    kept = scaled(bound.cost, weights=KEEP, scratch=KEEP, flops=KEEP)
-    yield Remedy(
-        name=f"low-rank factors, {KEEP:.0%} of the weights",
-        why=why,
-        predicted=bound.faster(kept),
-        does="ranks",
-    )
-    if _bits(bound.cost) >= 16:
-        pruned = scaled(bound.cost, weights=TWO_FOUR)
+def _weights(bound: Bound, tried: Tried, why: str) -> Iterator[Remedy]:
+    if bound.cost.traffic["scratch"].bytes:
+        yield waiting.fused_dequantization(bound)  # before that, fewer bits save nothing
+    else:
+        yield from _quantization(bound, tried, why)
+    if (bits := _bits(bound.cost)) >= 16:
+        pruned = scaled(bound.cost, weights=0.5 + 1 / bits)  # half, and 2 bits each for where
         yield Remedy(
             name="2:4 pruning with a sparse kernel",
             why=why,
             predicted=bound.faster(pruned),
             does="pattern 2:4",
         )
-    twice = scaled(bound.cost, kv=2, activations=2, flops=2)
-    yield Remedy(name="twice the batch", why="the same weights serve more rows",
-                 predicted=bound.faster(twice, tokens=2))  # fmt: skip
-    yield from _distribution(bound)
+    yield from _smaller(bound, tried, why)
+    yield Remedy(
+        name="twice the batch", why="the same weights serve more rows", predicted=bound.twice
+    )
+    if bound.phase == "decode":
+        yield _speculation(bound)
 
 
-def _quantization(bound: Bound, why: str) -> Iterator[Remedy]:
-    now = _bits(bound.cost)
-    for bits in (8, 4):
-        if (factor := (bits + GROUP_BITS) / now) < WORTH:
-            changed = scaled(bound.cost, weights=factor, scratch=0)
+def _quantization(bound: Bound, tried: Tried, why: str) -> Iterator[Remedy]:
+    levels = LEVELS | {does: bits for does, bits in tried.items() if "-bit weights" in does}
+    for name, bits in levels.items():
+        if (factor := bits / _bits(bound.cost)) < WORTH:
             yield Remedy(
-                name=f"int{bits} weights",
-                why=why,
-                predicted=bound.faster(changed),
-                does=f"bits {bits}",
+                name=name,
+                why=f"{why}, {bits:.3g} bits each then",
+                predicted=bound.faster(scaled(bound.cost, weights=factor)),
+                does=name,
             )
 
 
-def _kv(bound: Bound) -> Iterator[Remedy]:
-    share = bound.cost.traffic["kv"].bytes / bound.cost.bytes
-    why = f"the KV cache is {share:.0%} of the bytes of a step"
-    changes = {
-        "int8 KV cache": 1 / bound.cost.kv_item,
-        "KV cache read up to what is filled, or half of it evicted": 0.5,
-        "local-window attention over half of the tokens": 0.5,
-    }
-    for name, factor in changes.items():
+def _smaller(bound: Bound, tried: Tried, why: str) -> Iterator[Remedy]:
+    """The products shrink, attention does not."""
+    products = 1 - bound.cost.attention_flops / bound.cost.all_flops
+    for does, name in (("ranks", "low-rank factors"), ("structure", "structured pruning")):
+        keep = tried.get(does, KEEP)
+        flops = 1 - (1 - keep) * products
+        yield Remedy(
+            name=f"{name}, {keep:.0%} of the weights",
+            why=why,
+            predicted=bound.faster(scaled(bound.cost, weights=keep, scratch=keep, flops=flops)),
+            does=does,
+        )
+
+
+def _speculation(bound: Bound) -> Remedy:
+    checked = scaled(bound.cost, activations=1 + DRAFTED, flops=1 + DRAFTED)
+    return Remedy(
+        name="speculative decoding",
+        why=f"to check {DRAFTED} drafted tokens takes {1 / bound.faster(checked):.2f} steps",
+        unknown="how many drafted tokens are accepted depends on the draft model and on the text",
+    )
+
+
+def _kv(bound: Bound, why: str) -> Iterator[Remedy]:
+    cost = bound.cost
+    in_place = cost.kv_in_place / cost.traffic["kv"].bytes
+    for name, factor, does, needs in (
+        ("8-bit KV cache", 1 / cost.kv_item, "cache", ""),
+        ("KV cache kept in place, read up to what is filled", in_place, None, ""),
+        ("eviction of half of the KV cache", 0.5, None, ""),
+        ("local-window or sparse attention over half of the tokens", 0.5, None, MODEL),
+        ("half of the KV heads (GQA), or a latent cache of that size (MLA)", 0.5, None, MODEL),
+        ("linear attention, at most: its state is not counted", 0.0, None, MODEL),
+    ):
         if factor < WORTH:
-            yield Remedy(name=name, why=why, predicted=bound.faster(scaled(bound.cost, kv=factor)))
-    weights = bound.cost.traffic["weights"].bytes / bound.cost.bytes
-    yield from _quantization(bound, f"weights are {weights:.0%} of the bytes of a step")
-    yield from _distribution(bound)
+            predicted = bound.faster(scaled(cost, kv=factor))
+            yield Remedy(name=name, why=why, predicted=predicted, does=does, needs=needs)
 
 
-def _compute(bound: Bound) -> Iterator[Remedy]:
-    rates = bound.ceilings.flops_per_s
-    slowest = min(bound.cost.flops, key=lambda dtype: rates[dtype])
-    best = max(rates, key=lambda dtype: rates[dtype])
-    if rates[slowest] < WORTH * rates[best]:
-        changed = replace(bound.cost, flops={best: bound.cost.all_flops})
-        why = f"this machine multiplies {best} {rates[best] / rates[slowest]:.1f} times as fast"
-        yield Remedy(name="mixed precision", why=why, predicted=bound.faster(changed))
-    kept = scaled(bound.cost, weights=KEEP, scratch=KEEP, flops=KEEP)
-    yield Remedy(
-        name=f"structured pruning, {KEEP:.0%} of the weights",
-        why="fewer FLOPs a token",
-        predicted=bound.faster(kept),
-    )
-    yield Remedy(
-        name=f"low-rank factors, {KEEP:.0%} of the weights",
-        why="fewer FLOPs a token",
-        predicted=bound.faster(kept),
-        does="ranks",
-    )
-    if bound.cost.attention_flops > ATTENTION_SHARE * bound.cost.all_flops:
-        half = 1 - bound.cost.attention_flops / bound.cost.all_flops / 2
+def _compute(bound: Bound, tried: Tried) -> Iterator[Remedy]:
+    yield from _mixed_precision(bound)
+    yield from _smaller(bound, tried, "fewer FLOPs a token")
+    if (share := bound.cost.attention_flops / bound.cost.all_flops) > ATTENTION_SHARE:
         yield Remedy(
-            name="local-window attention over half of the tokens",
-            why=f"attention is more than {ATTENTION_SHARE:.0%} of the FLOPs",
-            predicted=bound.faster(scaled(bound.cost, flops=half)),
+            name="local-window attention over half of the tokens, or linear attention",
+            why=f"attention is {share:.0%} of the FLOPs",
+            predicted=bound.faster(scaled(bound.cost, flops=1 - share / 2)),
+            needs=MODEL,
         )
-    yield from _distribution(bound)
-    yield Remedy(
-        name="chunked prefill", why="no faster by itself, but others decode between the chunks"
-    )
+    yield _two_devices(bound)
+    if bound.phase == "prefill":
+        apart = "a prompt takes as long: what it does is for other requests"
+        for name, why in (
+            ("chunked prefill", "others decode between the chunks"),
+            ("prefill-decode disaggregation", "prompts and answers do not wait for each other"),
+        ):
+            yield Remedy(name=name, why=why, unknown=apart, needs=SERVER)
 
 
-def _host(bound: Bound) -> Iterator[Remedy]:
-    assert bound.host is not None
-    why = f"nothing is computed in {bound.host:.0%} of the time"
-    most = 1 / max(1 - bound.host, 1e-3)
-    yield Remedy(name="an engine", why=why, predicted=most, does="engine")
-    yield Remedy(name="CUDA graphs", why=why, predicted=most)
-    # all of the wall time but the computing stays the same, and serves twice the rows
-    share = 1 - bound.host
-    yield Remedy(name="twice the batch", why=why, predicted=2 / (bound.host + 2 * share))
-
-
-def _kernel(bound: Bound) -> Iterator[Remedy]:
-    why = f"the step reaches {bound.found.eta:.0%} of the roofline"
-    yield Remedy(
-        name="better kernels: tactics, fusion, an engine",
-        why=why,
-        predicted=GOOD_ETA / bound.found.eta,
-        does="engine",
-    )
-    if bound.cost.traffic["scratch"].bytes:
+def _mixed_precision(bound: Bound) -> Iterator[Remedy]:
+    """The products in what this machine multiplies faster; attention stays in what it is in."""
+    cost, rates = bound.cost, bound.ceilings.flops_per_s
+    slow = min(cost.flops, key=lambda dtype: rates[dtype])
+    for dtype in ("bfloat16", "float16", "int8"):
+        if rates[slow] >= WORTH * rates.get(dtype, 0.0):
+            continue
+        attention = cost.attention_flops
+        flops = {slow: attention, dtype: cost.all_flops - attention}
+        bits = LEVELS["8-bit weights"] if dtype == "int8" else 8 * ITEM_BYTES[dtype]
+        changed = scaled(cost, weights=min(1.0, bits / _bits(cost)), scratch=0)
         yield Remedy(
-            name="a fused dequantization kernel",
-            why="codes become floats in memory at every call",
-            predicted=bound.faster(scaled(bound.cost, scratch=0)),
-        )  # an engine has it, and much else: what comes true there is not this alone
+            name=f"mixed precision: {INTEGERS if dtype == 'int8' else dtype}",
+            why=f"this machine multiplies {dtype} {rates[dtype] / rates[slow]:.1f} times as fast",
+            predicted=bound.faster(replace(changed, flops=flops)),
+            does=INTEGERS if dtype == "int8" else dtype,
+        )
 
 
-def _distribution(bound: Bound) -> Iterator[Remedy]:
+def _two_devices(bound: Bound) -> Remedy:
     halves = scaled(bound.cost, weights=0.5, kv=0.5, activations=0.5, scratch=0.5, flops=0.5)
-    yield Remedy(
+    return Remedy(
         name="tensor parallelism over two devices",
-        why="each moves and multiplies half; communication is not counted",
+        why="each moves and multiplies half, communication not counted; a pipeline over both "
+        "serves twice the requests and makes none faster",
         predicted=bound.faster(halves),
+        needs=DEVICE,
     )
-
-
-def scaled(cost: PhaseCost, flops: float = 1.0, **parts: float) -> PhaseCost:
-    """The same step with its FLOPs and the named parts of its bytes multiplied.
-
-    The memory that weights and cache come from shrinks with them, perhaps into a faster one.
-    """
-    moved = {name: part.bytes * parts.get(name, 1.0) for name, part in cost.traffic.items()}
-    before = cost.traffic["weights"].bytes + cost.traffic["kv"].bytes
-    smaller = (moved["weights"] + moved["kv"]) / before
-    changed = {
-        name: Traffic(
-            bytes=moved[name],
-            working_set=part.working_set * (smaller if name in ("weights", "kv") else 1.0),
-        )
-        for name, part in cost.traffic.items()
-    }
-    by_dtype: Mapping[str, float] = {name: f * flops for name, f in cost.flops.items()}
-    return replace(cost, traffic=changed, flops=by_dtype)
 
 
 def _bits(cost: PhaseCost) -> float:

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from optpipe.bench.pages import curves, missing, served, setups, tasks
+from optpipe.bench.pages import bounds, curves, missing, served, setups, tasks
 from optpipe.bench.pages.markup import (
     Safe,
     bullets,
@@ -27,7 +27,7 @@ CLASSES = {
 LIMIT = ("artifact", "limited by", "decode MBU", "decode MFU", "FLOP/byte", "prefill MBU",
          "prefill MFU", "FLOP/byte")  # fmt: skip
 VOTES = ("artifact", "phase", "ridge, FLOP/byte", "intensity", "utilisation", "elasticity")
-REMEDY = ("artifact", "phase", "remedy", "why", "predicted", "tried in", "came true")
+REMEDY = ("artifact", "phase", "remedy", "why", "predicted")
 
 
 def limits(report: Entry) -> Safe:
@@ -58,7 +58,8 @@ def limits(report: Entry) -> Safe:
         tag("div", figure(title, svg, read), class_="one") if svg else "",
         table(LIMIT, [_limit_row(*one) for one in given], "what limits every artifact"),
         details("Votes", table(VOTES, votes, "votes on what limits it")),
-        *_remedies(report, given),
+        *_remedies(given),
+        *_outcomes(report),
     )
 
 
@@ -78,10 +79,9 @@ def _vote_rows(name: str, found: Entry) -> Iterator[tuple[str, ...]]:
                for key in VOTES[3:]))  # fmt: skip
 
 
-def _remedies(report: Entry, given: Sequence[tuple[str, Entry]]) -> Iterator[Safe]:
+def _remedies(given: Sequence[tuple[str, Entry]]) -> Iterator[Safe]:
     """Advice for the baseline, which the artifacts may have followed; for those folded away."""
-    called = dict(zip((a["name"] for a in report["artifacts"]), names(report), strict=True))
-    rows = [row for name, found in given for row in _remedy_rows(name, found, called)]
+    rows = [row for name, found in given for row in _remedy_rows(name, found)]
     first = [row for row in rows if row[0] == given[0][0]]
     if rows:
         yield tag("h3", "What would help")
@@ -92,20 +92,24 @@ def _remedies(report: Entry, given: Sequence[tuple[str, Entry]]) -> Iterator[Saf
         )
 
 
-def _remedy_rows(name: str, found: Entry, called: Mapping[str, str]) -> Iterator[tuple[str, ...]]:
+def _remedy_rows(name: str, found: Entry) -> Iterator[tuple[str, ...]]:
     phases = found.get("phase") or {}
     places = {"all": found, **{key: facts for key, facts in phases.items() if key != "reasons"}}
     for phase, facts in places.items():
         for remedy in (facts or {}).get("remedies", ()):
-            yield (
-                name,
-                phase,
-                remedy["name"],
-                remedy["why"],
-                number(remedy["predicted_speedup"], 1, "{:.2f}\u00d7"),
-                called.get(remedy["artifact"], DASH),
-                share(remedy["realised"]),
-            )
+            predicted = number(remedy["predicted_speedup"], 1, "{:.2f}\u00d7")
+            yield (name, phase, remedy["name"], remedy["why"], predicted)
+
+
+def _outcomes(report: Entry) -> Iterator[Safe]:
+    """Of every cell: a prediction may come true at one batch size and not at another."""
+    tables = [*bounds.outcomes(report)]
+    if tables:
+        yield tag("h3", "Predicted, and what came true")
+        yield note(bounds.READ)
+    for index, (title, rows) in enumerate(tables):
+        drawn = table(bounds.OUTCOME, rows, f"what came true, {title}", "stack pairs")
+        yield join([note(f"{title}."), drawn]) if index == 0 else details(title, drawn)
 
 
 def servers(report: Entry) -> Iterator[Safe]:

@@ -9,9 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from optpipe.bench.bottlenecks import bottleneck
 from optpipe.bench.fidelity import gate
-from optpipe.bench.pages import missing, rates, served, setups, tasks
+from optpipe.bench.pages import bounds, missing, rates, served, setups, tasks
 from optpipe.bench.pages.view import DASH, breaks, short
 
 Row = list[str]
@@ -80,8 +79,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     parts += [f"## {title}\n\n{text}" for title, text in _conclusions(report) if text]
     if tasked := [*tasks.rows(report)]:
         parts += ["## Tasks", _markdown_table(tasks.HEADER, tasked), tasks.READ]
-    for title, rows in bottleneck.rows(report):
-        parts += [f"## Bottlenecks, {title}", _markdown_table(bottleneck.HEADER, rows)]
+    parts += _bottlenecks(report)
     parts += ["## How each was run", _markdown_table(setups.RAN, setups.ran(report))]
     parts += ["## What was claimed, what is there", _markdown_table(SIZES, _size_rows(report))]
     parts += [f"## Quality\n\n{_quality_line(run['design']['quality'])}"]
@@ -97,6 +95,16 @@ def markdown(report: Mapping[str, Any]) -> str:
         parts += ["## What is missing, and why", "\n".join(lines)]
     parts += ["## What these numbers do not include", "\n".join(f"- {n}" for n in NOT_INCLUDED)]
     return "\n\n".join(parts) + "\n"
+
+
+def _bottlenecks(report: Mapping[str, Any]) -> Iterator[str]:
+    for title, rows in bounds.limits(report):
+        yield f"## Bottlenecks, {title}"
+        yield _markdown_table(bounds.LIMIT, rows)
+    for title, rows in bounds.outcomes(report):
+        yield f"## Predicted, and what came true, {title}"
+        yield _markdown_table(bounds.OUTCOME, rows)
+        yield bounds.READ
 
 
 def _conclusions(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
