@@ -53,6 +53,8 @@ def sweep(tmp_path):
 def test_artifacts_of_all_jobs_are_in_one_report_of_the_same_kind(sweep, tmp_path):
     three, four = job_report(4.0, "three"), job_report(8.0, "four")
     four["artifacts"][0]["cells"][0]["tpot_s"] *= 1.5  # measured again, on a slower minute
+    four["run"]["preflight"] = [{"check": "load", "found": "9", "wanted": "2", "passed": False}]
+    four["run"]["design"]["resolution"][0]["tpot_s"]["half_width"] = 0.5
     found = sweep({"quant.bits=3": three, "quant.bits=4": four})
     schema.check(found)
     names = [artifact["name"] for artifact in found["artifacts"]]
@@ -69,6 +71,9 @@ def test_artifacts_of_all_jobs_are_in_one_report_of_the_same_kind(sweep, tmp_pat
     assert remedy["artifact"] == "quant.bits=4 prune+quant"
     run = found["run"]
     assert run["overrides"] == ["recipe=mine"] and run["duration_s"] == 122.0
+    assert run["recipe"] == "int4_ort" and run["stages"] == reports.STAGES
+    assert run["design"]["resolution"] == three["run"]["design"]["resolution"]
+    assert [one["check"] for one in run["preflight"]] == ["quant.bits=4: load"]
     assert [job["name"] for job in run["jobs"]] == ["quant.bits=3", "quant.bits=4"]
     assert "one after the other" in run["design"]["timing"]
     assert [pick["scenario"] for pick in found["recommendation"]] == [
@@ -104,6 +109,17 @@ def test_jobs_of_other_scenarios_and_without_advice_are_merged_too(sweep, tmp_pa
     assert [c["scenario"] for c in found["run"]["design"]["resolution"]] == ["single", "server"]
     text, page = (tmp_path / "report.md").read_text(), (tmp_path / "report.html").read_text()
     assert "poisson arrivals at 12.5 a second" in text and "Under load" in page
+
+
+def test_what_jobs_do_not_share_is_not_said_of_all(sweep, tmp_path):
+    one, two = job_report(4.0, "a"), job_report(8.0, "b")
+    two["run"] |= {"recipe": "int8_ort", "stages": ["quant"]}
+    found = sweep({"recipe=int4_ort": one, "recipe=int8_ort": two})
+    schema.check(found)
+    assert not {"recipe", "stages"} & {*found["run"]}
+    assert (
+        "<h1>optpipe: benchmark, a sweep of 2 jobs</h1>" in (tmp_path / "report.html").read_text()
+    )
 
 
 def test_an_endpoint_is_not_merged_with_what_it_serves(sweep):

@@ -17,6 +17,7 @@ from optpipe.bench.pages.figure import (
     PAPER,
     WARN,
     draw,
+    joined,
     log_axis,
     number_points,
 )
@@ -129,11 +130,13 @@ def roofline(report: Entry, index: int, title: str) -> str:
     def paint(axes: Axes) -> None:
         log_axis(axes.xaxis, low, high)
         log_axis(axes.yaxis, min(y for *_, y in points) / 2e9, top * 2)
-        for dtype, (rate, flops) in sorted(roofs.items()):
+        for rate, flops in roofs.values():
             knee = flops / rate
             axes.plot([low, knee, high], [rate * low / 1e9, flops / 1e9, flops / 1e9], color=MUTED)
-            axes.annotate(dtype, (high, flops / 1e9), (-2, 3), textcoords="offset points",
-                          ha="right", color=MUTED, fontsize=8)  # fmt: skip
+        tops = [(high, flops / 1e9, dtype) for dtype, (_, flops) in roofs.items()]
+        for x, y, text in joined(axes, tops):
+            axes.annotate(text, (x, y), (-2, 3), textcoords="offset points", ha="right",
+                          color=MUTED, fontsize=8)  # fmt: skip
         for _, phase, x, y in points:
             look: dict[str, Any] = {"color": ACCENT} if phase == "decode" else {"color": ACCENT,
                     "markerfacecolor": PAPER}  # fmt: skip

@@ -9,7 +9,7 @@ import math
 import re
 import warnings
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -88,20 +88,29 @@ def shorten(text: str, most: int) -> str:
 
 
 def number_points(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
-    """Write a mark beside every point (x, y, mark); marks of points on one spot are joined."""
+    """Write a mark beside every point (x, y, mark)."""
+    for x, y, text in joined(axes, points):
+        axes.annotate(text, (x, y), (5, 3), textcoords="offset points", fontsize=8.5)
+
+
+def joined(
+    axes: Axes, points: Sequence[tuple[float, float, str]]
+) -> Iterator[tuple[float, float, str]]:
+    """The marks of points, those that would be written over each other as one."""
     place = axes.transData.transform
     spots: list[tuple[Any, list[str]]] = []
-    for x, y, mark in points:
+    for x, y, mark in sorted(points):
         spot = place((x, y))
-        near = next((marks for at, marks in spots if abs(at - spot).max() < TEXT), None)
-        if near is None:
-            spots.append((spot, [mark]))
+        for at, marks in spots:
+            width = TEXT * (0.5 + 0.5 * len(", ".join(marks)))
+            if abs(at[1] - spot[1]) < TEXT and spot[0] - at[0] < width:
+                marks.append(mark)
+                break
         else:
-            near.append(mark)
+            spots.append((spot, [mark]))
     for spot, marks in spots:
         x, y = axes.transData.inverted().transform(spot)
-        text = ", ".join(dict.fromkeys(marks))
-        axes.annotate(text, (x, y), (5, 3), textcoords="offset points", fontsize=8.5)
+        yield x, y, ", ".join(sorted(dict.fromkeys(marks), key=lambda mark: (len(mark), mark)))
 
 
 def _embed(svg: str, name: str, title: str, alt: str) -> str:

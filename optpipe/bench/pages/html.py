@@ -18,7 +18,9 @@ STYLE = Path(__file__).with_name("report.css")
 
 def page(found: Mapping[str, Any], series: Sequence[Mapping[str, Any]]) -> str:
     """The whole page. ``series``: timings as :func:`.raw.read` gives them."""
-    title = f"optpipe: {found['run'].get('recipe') or 'benchmark'}"
+    run = found["run"]
+    of = f", a sweep of {len(run['jobs'])} jobs" if run.get("jobs") else ""
+    title = f"optpipe: {run.get('recipe') or 'benchmark'}{of}"
     head = join([
         Safe('<meta charset="utf-8">'),
         Safe('<meta name="viewport" content="width=device-width, initial-scale=1">'),

@@ -145,22 +145,34 @@ def _run(jobs: Sequence[Job], done: Mapping[str, Entry], out: Path) -> Entry:
             key: [one for design in designs for one in design.get(key, ())]
             for key in ("sessions", "resumed")
         },
-        **{
-            key: list({_point(one): one for d in designs for one in d.get(key, ())}.values())
-            for key in ("prompts", "resolution")
-        },
+        **{key: _first(designs, key) for key in ("prompts", "resolution")},
     }
     common = set.intersection(*(set(job.overrides) for job in jobs))
+    differ = {key for key in ("recipe", "stages") for run in runs.values()
+              if run.get(key) != first.get(key)}  # fmt: skip
     found = {
-        **first,
+        **{key: value for key, value in first.items() if key not in differ},
         "overrides": [override for override in jobs[0].overrides if override in common],
         "duration_s": sum(run["duration_s"] for run in runs.values()),
         "scenarios": {k: v for run in runs.values() for k, v in run["scenarios"].items()},
+        "preflight": [
+            {**one, "check": f"{job}: {one['check']}"}
+            for job, run in runs.items()
+            for one in run.get("preflight", ())
+        ],
         "design": design,
         "jobs": [*_jobs(jobs, runs, out)],
     }
     bad = [f"{job}: {why}" for job, run in runs.items() for why in run.get("invalid_reasons", ())]
     return {**found, "invalid_reasons": bad} if bad else found
+
+
+def _first(designs: Sequence[Entry], key: str) -> list[Entry]:
+    """The entry of every cell, as its numbers that of the first job that has it."""
+    found: dict[tuple[Any, ...], Entry] = {}
+    for one in (one for design in designs for one in design.get(key, ())):
+        found.setdefault(_point(one), one)
+    return [*found.values()]
 
 
 def _jobs(jobs: Sequence[Job], runs: Mapping[str, Entry], out: Path) -> Iterator[Entry]:
