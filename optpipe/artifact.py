@@ -35,6 +35,8 @@ class Artifact:
     stats: Stats = field(default_factory=dict)
     """What was claimed and what was found in the files, such as sparsity or bits per weight."""
 
+    made_s: float | None = None
+    """How long its stage took, verification aside; None: no stage made it."""
     files: dict[str, int] = field(default_factory=dict)
     """Every file of the artifact with its size in bytes, the manifest aside."""
 

@@ -182,6 +182,7 @@ def _make(step: Step, out: Path, parents: Parents, progress: Progress) -> Artifa
     """Run the stage, and look at what it made before anyone else can see it."""
     from optpipe.verify import verify  # imports torch
 
+    started_s = time.monotonic()
     stats = step.stage.run_with(parents.source, parents.original, out, progress)
     artifact = Artifact(
         path=out,
@@ -189,6 +190,7 @@ def _make(step: Step, out: Path, parents: Parents, progress: Progress) -> Artifa
         key=step.key,
         lineage=(*parents.source.lineage, step.name),
         stats=stats,
+        made_s=time.monotonic() - started_s,
     )
     progress("verifying", 1, 1)
     verified = verify(artifact, parents.reference, step.layers)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from optpipe.artifact import Artifact
 from optpipe.bench import machine
+from optpipe.bench.kv import KvCache
 from optpipe.errors import InputError
 
 Ids = NDArray[np.int64]
@@ -44,6 +45,8 @@ class Backend(ABC):
     """What it computes in: 'float32', 'float16' or 'bfloat16'."""
     device: str
     """'cpu' or the name of the GPU."""
+    kv: KvCache | None = None
+    """How it stores keys and values; None: it does not tell."""
     decoding: str = "by the runtime"
     """How a step of one token is run, where there is more than one way."""
 

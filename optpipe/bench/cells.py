@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from optpipe.bench import energy, rates
+from optpipe.bench import capacity, energy, rates
 from optpipe.bench.bottlenecks import host
 from optpipe.bench.evidence import resampling
 from optpipe.bench.evidence.dependence import DEPENDENT, paired
@@ -96,12 +96,15 @@ class Table:
         rated, unrated = load.entry(own.samples if own else [], cell, self.outcome.measured)
         if not rated:  # no server
             rated, unrated = rates.entry(own.samples if own else [], cell, values, why)
-        reasons |= unrated
+        told, free = self.outcome.loaded.get(name), self.outcome.free_bytes
+        most, unknown = capacity.sequences(told, cell, free, self.outcome.absent(name) or "")
+        reasons |= unrated | unknown
         return {
             **cell._asdict(),
             **values,
             **rated,
             "blocks": own.blocks if own else 0,
+            "max_sequences": most,
             "cpu_s": median([sample.cpu_s for sample in own.samples]) if own else None,
             **device,
             "energy": spent,

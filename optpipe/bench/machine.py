@@ -105,6 +105,19 @@ def free_bytes() -> int:
     return min(free, int(gpu["memory_bytes"] - gpu["memory_used_bytes"]))
 
 
+def resident_bytes() -> int:
+    """Memory that this process holds now, libraries and mapped files that were read included."""
+    found: int = psutil.Process().memory_info().rss
+    return found
+
+
+def device_used_bytes() -> int | None:
+    """Memory of the GPU that is taken, by whomever; None: there is none, or it does not tell."""
+    gpu = nvml.current(nvml.gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    used: int | None = None if gpu is None else gpu["memory_used_bytes"]
+    return used
+
+
 def reset_peak() -> None:
     """Start a new peak of resident memory. Raises OSError where that is impossible (not Linux)."""
     Path("/proc/self/clear_refs").write_text("5")

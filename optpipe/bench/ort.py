@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from optpipe.artifact import Artifact
 from optpipe.bench.backend import Backend, Ids, Logits
+from optpipe.bench.kv import KvCache
 from optpipe.build.generate import Engine
 from optpipe.export.graph import DATA
 
@@ -18,6 +21,8 @@ class Ort(Backend):
         self.weight_bytes = (artifact.path / DATA).stat().st_size
         self.dtype = self.engine.dtype.__name__
         self.device = "cpu"
+        shapes, kind = self.engine.cache_shapes.values(), self.engine.cache_type
+        self.kv = KvCache.of_tensors(np.empty((0, *shape), kind) for shape in shapes)
 
     @classmethod
     def missing(cls, artifact: Artifact) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from optpipe.artifact import code
 from optpipe.bench import machine
@@ -17,6 +17,15 @@ from optpipe.bench.timed.journal import Journal
 from optpipe.bench.timed.samples import Measured
 from optpipe.bench.worker import Arm, Loaded
 from optpipe.evaluate import EvalConfig
+
+
+class Start(NamedTuple):
+    """A cold start of an arm, seconds."""
+
+    import_s: float
+    load_s: float
+    first_s: float | None = None
+    """Of the first request, from its submission to its last token."""
 
 
 @dataclass(kw_only=True)
@@ -52,6 +61,10 @@ class Outcome:
     """Arms that answered otherwise when they were timed than when they were judged."""
     floors: Floors = field(default_factory=dict)
     journal: Journal = field(default_factory=Journal)
+    starts: dict[str, list[Start]] = field(default_factory=dict)
+    """Cold starts of every arm."""
+    free_bytes: int = 0
+    """Memory that the arms could take together, before any was loaded."""
 
     @property
     def baseline(self) -> str:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from importlib.util import find_spec
+from typing import ClassVar
 
 import numpy as np
 import torch
 
 from optpipe.artifact import Artifact
 from optpipe.bench.backend import Backend, Ids, Logits
+from optpipe.bench.kv import KvCache
 from optpipe.checkpoint import Checkpoint
 
 KV_TOKENS = 65536
@@ -21,6 +23,8 @@ KV_TOKENS = 65536
 nearly all memory there is, and arms that are resident together must share the device."""
 SLACK_BYTES = 4_000_000_000
 """Activations, CUDA graphs and libraries, beside weights and cache."""
+ITEM = 2
+"""Bytes of an element of such a cache, unless it is rounded to 8 bits."""
 CONTEXT = 32768
 """Longest sequence, unless the model's own context is shorter."""
 ROOM = 1
@@ -36,6 +40,9 @@ class Paged(Backend):
     log-probabilities, that is logits up to a constant at each position.
     """
 
+    cache_in_bytes: ClassVar[bool] = False
+    """Whether the size of its cache is given to the engine in bytes: of 8 bits it holds more."""
+
     @classmethod
     def memory_bytes(cls, artifact: Artifact, dtype: str) -> int:
         cache_bytes = kv_bytes(Checkpoint(artifact.path))
@@ -49,6 +56,11 @@ class Paged(Backend):
         self.weight_bytes = checkpoint.size_bytes
         self.dtype = str(checkpoint.config.dtype).removeprefix("torch.")
         self.device = torch.cuda.get_device_name()
+        decoder, item = checkpoint.decoder, 1 if rounds_cache(checkpoint) else ITEM
+        pool = KV_TOKENS * ITEM // item if self.cache_in_bytes else KV_TOKENS
+        windows = [None] * len(decoder.blocks)  # an engine may free what a window leaves behind
+        heads, size = decoder.kv_heads, decoder.head_dim
+        self.kv = KvCache.of(windows, heads, size, item, pool_tokens=pool)
         self._rows: list[list[int]] = []
         self._told: list[int] | None = None
         return checkpoint
@@ -123,4 +135,10 @@ def unusable(package: str) -> str | None:
 def kv_bytes(checkpoint: Checkpoint, tokens: int = KV_TOKENS) -> int:
     """Of a cache in 16 bits for so many tokens."""
     decoder = checkpoint.decoder
-    return 2 * len(decoder.blocks) * decoder.kv_heads * decoder.head_dim * 2 * tokens
+    return 2 * len(decoder.blocks) * decoder.kv_heads * decoder.head_dim * ITEM * tokens
+
+
+def rounds_cache(checkpoint: Checkpoint) -> bool:
+    """Whether the checkpoint asks for a cache in 8 bits."""
+    told = getattr(checkpoint.config, "quantization_config", None) or {}
+    return bool(told.get("kv_cache_scheme"))

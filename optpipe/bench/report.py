@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from optpipe import evaluate
+from optpipe.bench import capacity, cold
 from optpipe.bench.cells import Entry, Table
 from optpipe.bench.evidence.statistics import LEVEL
 from optpipe.bench.fidelity import assess
@@ -21,6 +22,8 @@ from optpipe.bench.worker import Arm
 
 SCHEMA = "optpipe.report/1"
 NO_LOGITS = "an endpoint tells no logits; its files are those of an artifact that was judged"
+GIVEN = "the model was given, no stage made it"
+NOT_TIMED = "it was made by a version that did not tell how long that took"
 NO_WINDOWS = {"reasons": {"windows": "no arm was left to judge"}}
 
 
@@ -82,12 +85,6 @@ def _first(prompts: Mapping[int, str]) -> str:
 
 def _artifact(arm: Arm, table: Table) -> Entry:
     outcome, artifact = table.outcome, arm.artifact
-    loaded = outcome.loaded.get(arm.name)
-    told: Entry = dict.fromkeys(("load_s", "weight_bytes", "dtype", "device", "decoding"))
-    if loaded is not None:
-        told = {key: getattr(loaded, key) for key in told}
-    told["content"] = outcome.content.get(arm.name)
-    why = outcome.absent(arm.name) or "its files were not read"
     return {
         "name": arm.name,
         "role": _role(arm, outcome),
@@ -96,13 +93,31 @@ def _artifact(arm: Arm, table: Table) -> Entry:
         "format": artifact.format,
         "key": artifact.key,
         "bytes": artifact.size_bytes,
-        **told,
+        **_told(arm, outcome),
         "stats": artifact.stats,
         "quality": _quality(arm, outcome),
         **({"evaluation": _evaluation(arm.name, outcome)} if outcome.tasks else {}),
         "cells": [table.cell(arm.name, cell) for cell in outcome.cells],
-        "reasons": {key: why for key, value in told.items() if value is None},
     }
+
+
+def _told(arm: Arm, outcome: Outcome) -> Entry:
+    """What its making, its files and its loading told, with the reason of every null."""
+    loaded, starts = outcome.loaded.get(arm.name), outcome.starts.get(arm.name, [])
+    why = outcome.absent(arm.name) or "its files were not read"
+    started = cold.entry(starts, cold.shape(outcome.cells), "" if starts else why)
+    held = capacity.entry(loaded, outcome.free_bytes, "" if loaded else why)
+    names = ("weight_bytes", "dtype", "device", "decoding")
+    told: Entry = {
+        **{name: None if loaded is None else getattr(loaded, name) for name in names},
+        "load_s": started["load_s"],
+        "content": outcome.content.get(arm.name),
+        "made_s": arm.artifact.made_s,
+    }
+    reasons = {key: why for key, value in told.items() if value is None}
+    if arm.artifact.made_s is None:
+        reasons["made_s"] = GIVEN if not arm.artifact.lineage else NOT_TIMED
+    return {**told, **held, "cold": started, "reasons": reasons | held["reasons"]}
 
 
 def _role(arm: Arm, outcome: Outcome) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from optpipe.bench.backend import ENDPOINTS, endpoint_class
+from optpipe.bench.scenario import Scenario
 from optpipe.bench.worker import Arm, Loaded, Worker
 from optpipe.errors import StageError
 from optpipe.stage import Progress
@@ -23,6 +25,17 @@ class Residents:
 
 
 Reside = Callable[[Sequence[Arm], Progress], AbstractContextManager[Residents]]
+
+
+def endpoints(given: Sequence[Arm], scenarios: Mapping[str, Scenario]) -> list[Arm]:
+    """The servers of all arms that have one, where a scenario sends requests."""
+    if all(scenario.serving is None for scenario in scenarios.values()):
+        return []
+    return [
+        replace(arm, name=f"{arm.name}-endpoint", find=endpoint_class, endpoint=True)
+        for arm in given
+        if arm.artifact.format in ENDPOINTS
+    ]
 
 
 @contextmanager

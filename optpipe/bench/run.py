@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from optpipe.artifact import Artifact
-from optpipe.bench import machine, preflight, report
-from optpipe.bench.backend import ENDPOINTS, endpoint_class
+from optpipe.bench import cold, machine, preflight, report
 from optpipe.bench.bottlenecks import bottleneck, host
 from optpipe.bench.bottlenecks.physics import Physics, survey
 from optpipe.bench.energy import measure_energy
@@ -21,7 +20,7 @@ from optpipe.bench.fidelity import gate, quality
 from optpipe.bench.fidelity.reference import keep_in
 from optpipe.bench.outcome import Outcome
 from optpipe.bench.pages import tables
-from optpipe.bench.resident import Residents, plan_twice, reside
+from optpipe.bench.resident import Residents, endpoints, plan_twice, reside
 from optpipe.bench.scenario import Cell, Scenario, cells, prompt_seed, read_texts
 from optpipe.bench.timed import journal
 from optpipe.bench.timed.anchored import Alternation
@@ -63,7 +62,6 @@ def run(
         outcome = measure_arms(arms(artifacts, bench), bench, scenarios, progress, tasks)
         progress("bottlenecks", 0, 1)
         physics = _physics(outcome)
-        outcome.floors = physics.floors
     facts = {
         **context,
         "started": started.isoformat(timespec="seconds"),
@@ -88,11 +86,12 @@ def run(
 
 
 def _physics(outcome: Outcome) -> Physics:
-    """Ceilings, costs and host times of all arms that are alive."""
+    """Ceilings, costs and host times of all arms that are alive; the outcome gets its floors."""
     alive = [a for a in outcome.arms if outcome.absent(a.name) is None and not a.endpoint]
     devices = {arm.name: outcome.loaded[arm.name].device for arm in alive}
     found = survey(alive, outcome.cells, outcome.bench.thread_count, devices)
     timed_s = host.from_events(outcome.measured.samples, found.busy_s)
+    outcome.floors = found.floors
     return replace(found, host_s={**found.host_s, **timed_s})
 
 
@@ -104,17 +103,6 @@ def arms(artifacts: Sequence[Artifact], bench: BenchConfig) -> list[Arm]:
         for artifact in artifacts
     ]
     return [first, *(replace(first, name=f"{first.name}-{d}", dtype=d) for d in others), *rest]
-
-
-def endpoints(given: Sequence[Arm], scenarios: Mapping[str, Scenario]) -> list[Arm]:
-    """The servers of all arms that have one, where a scenario sends requests."""
-    if all(scenario.serving is None for scenario in scenarios.values()):
-        return []
-    return [
-        replace(arm, name=f"{arm.name}-endpoint", find=endpoint_class, endpoint=True)
-        for arm in given
-        if arm.artifact.format in ENDPOINTS
-    ]
 
 
 def measure_arms(
@@ -139,6 +127,7 @@ def measure_arms(
         sessions=groups,
         left_out={**left_out, **idle},
         bench=bench,
+        free_bytes=free,
     )
     outcome.measured.scenarios, outcome.tasks = scenarios, tasks
     outcome.measured.dropped = _not_for_endpoints(outcome)
@@ -148,11 +137,8 @@ def measure_arms(
     named = {arm.name: arm for arm in given} | {AGAIN: replace(baseline, name=AGAIN)}
     with journal.opened(bench.journal, outcome.facts) as outcome.journal:
         for number, names in enumerate(groups):
-            if baseline.name in names or baseline.name in left_out:
-                _side_by_side(outcome, number, [named[name] for name in names], progress)
-            else:
-                for name in names:
-                    _taking_turns(outcome, name, progress)
+            _group(outcome, number, [named[name] for name in names], progress)
+    cold.again(outcome, reside, progress)
     outcome.changed = gate.changed(outcome.content, _hashes(given))
     outcome.unlike = gate.audit(_emitted(outcome), outcome.judged.expected)
     return outcome
@@ -173,6 +159,15 @@ def _hashes(given: Sequence[Arm]) -> dict[str, str]:
     return {arm.name: found[arm.artifact.path] for arm in given}
 
 
+def _group(outcome: Outcome, number: int, given: Sequence[Arm], progress: Progress) -> None:
+    """Beside the baseline, if it is among them; without one that fits in memory at all, too."""
+    if outcome.baseline in {arm.name for arm in given} or outcome.baseline in outcome.left_out:
+        _side_by_side(outcome, number, given, progress)
+    else:
+        for arm in given:
+            _taking_turns(outcome, arm.name, progress)
+
+
 def _side_by_side(outcome: Outcome, number: int, given: Sequence[Arm], progress: Progress) -> None:
     """One group of arms that are resident together: judged, then timed in processes of their own.
 
@@ -184,12 +179,14 @@ def _side_by_side(outcome: Outcome, number: int, given: Sequence[Arm], progress:
     with reside(judged, progress) as residents:
         outcome.broken |= residents.broken
         outcome.loaded |= residents.loaded
+        outcome.broken |= cold.note(outcome, residents)
         _judge(outcome, residents, progress)
     with reside([arm for arm in given if arm.name not in outcome.broken], progress) as residents:
         outcome.broken |= residents.broken
         outcome.loaded |= {
             n: residents.loaded[n] for n, w in residents.workers.items() if w.arm.endpoint
         }
+        outcome.broken |= cold.note(outcome, residents)
         session = Session(
             number=number,
             workers=residents.workers,

@@ -23,6 +23,7 @@ from torch import Tensor
 from optpipe.artifact import Artifact
 from optpipe.bench.backend import Backend, Ids, Logits
 from optpipe.bench.cuda import Cuda
+from optpipe.bench.kv import KvCache
 from optpipe.build.nvidia import FULL, gpu_target
 from optpipe.build.plan import LOGITS, listener
 from optpipe.build.tensorrt import PLAN, about
@@ -80,6 +81,7 @@ class TensorRT(Backend):
         self.weight_bytes = (artifact.path / DATA).stat().st_size  # a plan has kernels, too
         self._caches = [name for name in self._tensors if name.startswith(PAST)]
         self._cache = {n: self._gpu.zeros(self._full(n), self._dtype) for n in self._caches}
+        self.kv = KvCache.of_tensors(self._cache.values(), self._max_batch)
         self._numbers = [name for name in NUMBERS if name in self._tensors]
         self._trt, self._engine, self._runtime = trt, engine, runtime
         self._prefill = self._context(PREFILL)

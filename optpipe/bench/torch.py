@@ -20,6 +20,7 @@ from transformers import DynamicCache
 from optpipe.artifact import Artifact
 from optpipe.bench.backend import Backend, Ids, Logits
 from optpipe.bench.graph import Steps, moving
+from optpipe.bench.kv import KvCache
 from optpipe.bench.rings import Rings
 from optpipe.checkpoint import Checkpoint
 from optpipe.errors import InputError
@@ -49,7 +50,9 @@ class Torch(Backend):
         self._cache_argument = "cache" if "cache" in takes else "past_key_values"  # before 5.24
         self._cache: DynamicCache | None = None
         self._pad_B: Tensor | None = None
-        windows = [block.window for block in checkpoint.decoder.blocks]
+        decoder, item = checkpoint.decoder, DTYPES[dtype].itemsize
+        windows = [block.window for block in decoder.blocks]
+        self.kv = KvCache.of(windows, decoder.kv_heads, decoder.head_dim, item)
         self._steps = Steps(self._lm, self._cache_argument, Rings(windows))
         table = moving(self._lm)
         self.graphed = self._gpu and table is None

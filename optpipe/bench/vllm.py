@@ -33,6 +33,8 @@ OFFLINE = {
 class Vllm(Paged):
     """A checkpoint in vLLM."""
 
+    cache_in_bytes = True
+
     def __init__(self, artifact: Artifact, threads: int, dtype: str) -> None:
         os.environ.update(SETTINGS | OFFLINE)
         from vllm import LLM, SamplingParams  # takes seconds, and is rarely installed
@@ -130,6 +132,7 @@ class VllmEndpoint(Endpoint):
     """A checkpoint behind vLLM's OpenAI endpoint."""
 
     ask: ClassVar[Mapping[str, object]] = {"return_token_ids": True}
+    cache_in_bytes = True
 
     def command(self, artifact: Artifact, port: int) -> Sequence[str]:
         os.environ.update(SETTINGS)

@@ -12,7 +12,7 @@ import multiprocessing
 import signal
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -22,7 +22,9 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from optpipe.artifact import Artifact
+from optpipe.bench import machine
 from optpipe.bench.backend import NOT_DRIVEN, Backend, Ids, backend_class
+from optpipe.bench.kv import KvCache
 from optpipe.bench.timed.clock import Trace, generate
 from optpipe.bench.timed.usage import Usage, used
 from optpipe.errors import StageError
@@ -81,6 +83,14 @@ class Loaded:
     decoding: str = Backend.decoding
     gpu: str | None = None
     """UUID of the GPU; None: it runs on the CPU."""
+    kv: KvCache | None = None
+    """How it stores keys and values; None: it does not tell."""
+    import_s: float = 0.0
+    """Importing the runtime, which is not in ``load_s``."""
+    host_bytes: int | None = None
+    """Resident memory of the process once it is loaded."""
+    device_bytes: int | None = None
+    """What loading took of the GPU, as its driver counts; None: on a CPU, or it does not tell."""
 
     def refuses(self, batch: int, tokens: int) -> str | None:
         """Why so many rows of so many tokens are too much for it; None: they are not."""
@@ -234,13 +244,16 @@ def _serve(pipe: Connection, arm: Arm) -> None:
 
 
 def _answer(pipe: Connection, arm: Arm) -> None:
+    start_s = time.perf_counter()
     opener = arm.find(arm.artifact.format)
+    import_s = time.perf_counter() - start_s
     pipe.send(("imported", True))
     if pipe.recv() is None:
         return
-    start = time.perf_counter_ns()
+    before, start_s = machine.device_used_bytes(), time.perf_counter()
     with opener(arm.artifact, arm.threads, arm.dtype) as backend:
-        pipe.send(("loaded", _loaded(backend, (time.perf_counter_ns() - start) / 1e9)))
+        times_s = {"load_s": time.perf_counter() - start_s, "import_s": import_s}
+        pipe.send(("loaded", _loaded(backend, times_s, before)))
         gc.freeze()  # the modules of the runtime are no garbage: do not walk them while timing
         while (command := pipe.recv()) is not None:
             answer = command(backend)
@@ -248,9 +261,15 @@ def _answer(pipe: Connection, arm: Arm) -> None:
             pipe.send(("done", answer))
 
 
-def _loaded(backend: Backend, load_s: float) -> Loaded:
+def _loaded(backend: Backend, times_s: Mapping[str, float], before: int | None) -> Loaded:
+    """``before``: what was taken of the GPU before it was loaded."""
+    is_on_gpu, now = backend.device != CPU, machine.device_used_bytes()
+    taken = None if before is None or now is None or not is_on_gpu else max(now - before, 0)
     return Loaded(
-        load_s=load_s,
+        **times_s,
+        kv=backend.kv,
+        host_bytes=machine.resident_bytes(),
+        device_bytes=taken,
         capacity=backend.capacity,
         max_batch=backend.max_batch,
         vocab=backend.vocab,
@@ -258,7 +277,7 @@ def _loaded(backend: Backend, load_s: float) -> Loaded:
         dtype=backend.dtype,
         device=backend.device,
         decoding=backend.decoding,
-        gpu=None if backend.device == CPU else _uuid(),
+        gpu=_uuid() if is_on_gpu else None,
     )
 
 

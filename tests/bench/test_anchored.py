@@ -38,6 +38,7 @@ def alternate(arm, monkeypatch):
     def pace():
         return 1.0 if len(loads) < 5 else 2.0
 
+    monkeypatch.setattr(anchored.cold, "note", lambda outcome, residents: {})
     monkeypatch.setattr(anchored, "probe", lambda: 0.01 * pace())
 
     @contextmanager

@@ -17,7 +17,7 @@ from optpipe.artifact import Artifact
 from optpipe.bench import endpoint, paged, vllm
 from optpipe.bench.backend import BACKENDS, ENDPOINTS
 from optpipe.bench.endpoint import GUARD, Endpoint
-from optpipe.bench.run import endpoints
+from optpipe.bench.resident import endpoints
 from optpipe.bench.scenario import Objective, Scenario, Serving
 from optpipe.bench.serving.feeds import Ask
 from optpipe.bench.serving.live import UNANSWERED

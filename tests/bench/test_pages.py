@@ -6,7 +6,7 @@ import io
 import pytest
 import reports
 
-from optpipe.bench.pages import flat, html, rates, schema, served, tables, tasks
+from optpipe.bench.pages import about, flat, html, rates, room, schema, served, tables, tasks
 from optpipe.evaluate import mcnemar
 
 
@@ -31,6 +31,12 @@ def under_load(found):
         cell["percentiles"] = {"ttft_sched_s": {
             "p50": 0.1, "p95": 0.1875, "p99": None, "reasons": {"p99": "2 of 96 requests failed"},
         }}  # fmt: skip
+    told = {"user_tokens_per_s": 31.25, "user_e2e_tokens_per_s": 28.75, "icl_max_s": 0.0875,
+            "total_tokens_per_s": 777.0, "prefill_tokens_per_s": 4321.0,
+            "requests_per_s": 1.125}  # fmt: skip
+    first, last = (found["artifacts"][1]["cells"][at] for at in (0, -1))
+    first |= {**told, "decode_tokens_per_s": 250.0}
+    last["steady_tokens_per_s"] = 125.0
     return found
 
 
@@ -69,24 +75,47 @@ def test_every_number_of_a_server_is_in_the_text_and_on_the_page(report):
     assert "at 12.5 a second (it may bear more: the time budget ended it), at most" in hurried
     del report["artifacts"][0]["cells"][-1]["reasons"]["rate_per_s"]
     text, page = tables.markdown(report), html.page(report, [])
+    assert ">4321<" in page, "a rate of the first cell"
     for there in (title, *rows[1][:4]):
         assert there in text and there in page
     assert "needs 30 blocks" in text and "needs 30 blocks" in page
 
 
-def test_rates_and_gaps_are_in_the_text_and_on_the_page(report):
-    told = {"user_tokens_per_s": 31.25, "user_e2e_tokens_per_s": 28.75, "icl_max_s": 0.0875,
-            "total_tokens_per_s": 777.0, "prefill_tokens_per_s": 4321.0,
-            "requests_per_s": 1.125}  # fmt: skip
-    report["artifacts"][1]["cells"][0] |= {**told, "decode_tokens_per_s": 250.0}
-    report["artifacts"][1]["cells"][-1] |= {**told, "steady_tokens_per_s": 125.0}
-    schema.check(report)
+def test_rates_and_gaps_are_in_the_text(report):
     first, *_, last = [rows[1][1:] for _, rows in rates.tables(report)]
     gap = report["artifacts"][1]["cells"][0]["percentiles"]["itl_s"]["p50"] * 1e3
     shown = ["31.2", "28.8", "250", "777", "4321", "1.12", f"{gap:.2f}", "\u2013", "\u2013", "87.5"]
     assert [*first] == shown and last[2] == "125"
-    text, page = tables.markdown(report), html.page(report, [])
-    assert f"| {' | '.join(shown)} |" in text and ">4321<" in page
+    assert f"| {' | '.join(shown)} |" in tables.markdown(report)
+
+
+def test_starts_and_room_are_in_the_text_and_on_the_page(report):
+    one = report["artifacts"][1]
+    cell = one["cells"][0]
+    asked = {key: cell[key] for key in ("prompt_tokens", "new_tokens")}
+    one |= {
+        "made_s": 12.5, "host_bytes": 432_100_000, "device_bytes": None,
+        "reasons": {"device_bytes": "it runs on the CPU"},
+        "cold": {"starts": 2, "import_s": 3.25, "load_s": 0.75, "first_request_s": 0.625,
+                 "each_load_s": [0.5, 1.0], "each_first_request_s": [0.625], "request": asked,
+                 "reasons": {}},
+        "kv_cache": {"bytes_per_token": 4096, "capacity_tokens": 1_234_567, "room_bytes": 10**10,
+                     "reasons": {}},
+    }  # fmt: skip
+    max(one["cells"], key=lambda c: c["prompt_tokens"] + c["new_tokens"])["max_sequences"] = 7654
+    schema.check(report)
+    warm = f"{cell['e2e_s']:.3f}"
+    assert room.starts(report)[1][1:] == ("12.5", "3.25", "0.750", "0.625", "2", warm)
+    shown = ("29.0", "29.0", "432.1", "\u2013", "4,096", "1,234,567", "7,654")
+    assert room.memory(report)[1][1:] == shown
+    assert f"| {' | '.join(shown)} |" in tables.markdown(report)
+    assert all(f">{number}<" in about.ready(report) for number in ("1,234,567", "0.625"))
+    stream = io.StringIO()
+    flat.write(report, stream)
+    row = [*csv.DictReader(io.StringIO(stream.getvalue()))][len(reports.CELLS)]
+    assert [row[k] for k in ("made_s", "first_request_s", "starts", "kv_bytes_per_token")] == [
+        "12.5", "0.625", "2", "4096",
+    ]  # fmt: skip
 
 
 def test_a_run_without_a_server_or_tasks_has_no_such_section():

@@ -20,7 +20,7 @@ from optpipe.bench.bottlenecks.physics import Physics
 from optpipe.bench.cells import HAND_OVER, NO_PEAK, ONE_NUMBER
 from optpipe.bench.fidelity.divergence import Positions
 from optpipe.bench.fidelity.quality import Judged, QualityConfig, Windows
-from optpipe.bench.outcome import Outcome
+from optpipe.bench.outcome import Outcome, Start
 from optpipe.bench.pages import tables
 from optpipe.bench.resident import plan
 from optpipe.bench.run import arms, run
@@ -89,6 +89,7 @@ def outcome(arm):
         known = {
             "arms": given, "cells": cells, "sessions": [list(names)], "left_out": {},
             "loaded": dict.fromkeys(names, told),
+            "starts": {name: [Start(0.5, 1.5, 0.25)] for name in names},
             "measured": Measured(samples=samples, scenarios=SCENARIOS),
             "windows": windows, "judged": Judged(scored=scored, windows=2),
             "bench": BenchConfig(blocks=7, max_blocks=7),
@@ -188,7 +189,7 @@ def test_arms_of_different_sessions_are_not_compared(outcome):
 
 def test_an_arm_that_was_left_out_has_only_what_its_files_say(outcome):
     alone = outcome(left_out={"quick": "too large"}, sessions=[["baseline"]])
-    del alone.loaded["quick"], alone.judged.scored["quick"]
+    del alone.loaded["quick"], alone.judged.scored["quick"], alone.starts["quick"]
     alone.measured.samples = [s for s in alone.measured.samples if s.arm == "baseline"]
     built = report.build(alone, FACTS)
     check_nulls(built)
@@ -357,8 +358,9 @@ def test_a_whole_run_of_a_real_model(tiny, tmp_path, capfd):
     ]
     quality = QualityConfig(windows=2, required="lossless", max_perplexity_increase=0.0)
     bench = BenchConfig(
-        blocks=6, max_blocks=6, warmup=2, warmup_s=0, dtypes=["float32"], threads=1, quality=quality
-    )
+        blocks=6, max_blocks=6, warmup=2, warmup_s=0, dtypes=["float32"], threads=1,
+        quality=quality, budget_s=20,  # which leaves no time for third starts
+    )  # fmt: skip
     scenarios = {"single": Scenario(prompt_tokens=[16], new_tokens=4)}
     with pytest.raises(GateError, match="'copy' is near, 'lossless' is required"):
         run(made, bench, scenarios, tmp_path / "out", {"command": ["optpipe"], "overrides": []})
@@ -372,6 +374,9 @@ def test_a_whole_run_of_a_real_model(tiny, tmp_path, capfd):
     for artifact in built["artifacts"]:
         found = artifact["quality"]
         assert found["kl_mean"] == 0 and found["top1_agreement"] == 1 and artifact["load_s"] > 0
+        assert artifact["cold"]["starts"] == 3 - len(artifact["lineage"]), "the baseline is twice"
+        assert artifact["cold"]["first_request_s"] > 0 and artifact["made_s"] is None
+        assert artifact["kv_cache"]["capacity_tokens"] > artifact["cells"][0]["max_sequences"] > 1
         assert found["perplexity"] > 1 and found["greedy_prefix"]["exact_share"] == 1
         assert found["deterministic"] is True and len(artifact["content"]) == 64
         assert 0 < artifact["cells"][0]["blocks"] <= 6

@@ -153,9 +153,11 @@ def test_scores_are_the_log_probabilities_of_every_position(opened):
 
 
 def test_the_cache_is_capped_for_all_alike(opened):
-    _, given = opened
+    backend, given = opened
     # 3 blocks, 2 heads of 16 dimensions for keys and as many for values, 2 bytes
     assert given["kv_cache_memory_bytes"] == 3 * 2 * 16 * 2 * 2 * paged.KV_TOKENS
+    assert backend.kv.token_bytes == 3 * 2 * 16 * 2 * 2
+    assert backend.kv.pool_tokens == paged.KV_TOKENS
     assert given["max_model_len"] == 129 and given["enable_prefix_caching"] is False
 
 

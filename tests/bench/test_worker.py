@@ -51,6 +51,7 @@ def test_a_worker_measures_the_delays_it_was_given(arm):
             found.append(metrics(submit_ns, trace.start_ns, trace.token_ns, 1))
         waiting_s = time.process_time() - started_s
     assert (loaded.capacity, loaded.vocab) == (64, 11)
+    assert loaded.import_s > 0 and loaded.host_bytes > 1_000_000 and loaded.device_bytes is None
     for name, value in planned.items():  # the machine may be busy: the least of five is the work
         least = min(sample[name] for sample in found)
         assert value <= least <= 1.2 * value

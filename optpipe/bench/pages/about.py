@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from optpipe.bench.pages import bounds, curves, missing, served, setups, tasks
+from optpipe.bench.pages import bounds, curves, missing, room, served, setups, tasks
 from optpipe.bench.pages.markup import (
     Safe,
     bullets,
@@ -138,6 +138,19 @@ def evaluation(report: Entry) -> Iterator[Safe]:
     """The user's tasks, where they were run."""
     if rows := [*tasks.rows(report)]:
         yield section("Tasks", note(tasks.READ), table(tasks.HEADER, rows, "tasks", "stack pairs"))
+
+
+def ready(report: Entry) -> Safe:
+    """What it takes until an artifact answers, and how much it can then hold."""
+    return section(
+        "Starts and memory",
+        details("Cold starts", join([
+            table(room.START, room.starts(report), "cold starts", "stack pairs"), note(room.READ),
+        ])),
+        details("Memory and KV cache", join([
+            table(room.MEMORY, room.memory(report), "memory", "stack pairs"), note(room.ROOM),
+        ])),
+    )  # fmt: skip
 
 
 def drift(report: Entry, series: Sequence[Entry]) -> Safe:

@@ -10,14 +10,16 @@ from optpipe.bench.pages import tasks
 from optpipe.bench.serving.request import LIMITS
 
 FROM_ARTIFACT = ("name", "stage", "format", "dtype", "device", "key", "bytes", "weight_bytes",
-                 "load_s")  # fmt: skip
+                 "load_s", "made_s", "host_bytes", "device_bytes")  # fmt: skip
+FROM_COLD = ("starts", "import_s", "first_request_s")
+FROM_KV = ("bytes_per_token", "capacity_tokens")
 FROM_QUALITY = ("perplexity", "kl_mean", "top1_agreement", "tier")
 FROM_CELL = ("scenario", "batch", "prompt_tokens", "new_tokens", "blocks", "ttft_s", "queue_s",
              "prefill_s", "tpot_s", "e2e_s", "tokens_per_s", "peak_bytes", "cpu_s", "device_s",
              "host_gap_s", "user_tokens_per_s", "user_e2e_tokens_per_s", "decode_tokens_per_s",
              "steady_tokens_per_s", "total_tokens_per_s", "prefill_tokens_per_s", "requests_per_s",
-             "icl_max_s", "arrivals", "rate_per_s", "goodput_per_s", "good_share", "failed",
-             "ttft_sched_s")  # fmt: skip
+             "icl_max_s", "max_sequences", "arrivals", "rate_per_s", "goodput_per_s", "good_share",
+             "failed", "ttft_sched_s")  # fmt: skip
 FROM_ENERGY = ("j_per_token", "j_per_request", "j_per_token_above_idle",
                "j_per_request_above_idle")  # fmt: skip
 SPEEDUPS = ("ttft_s", "tpot_s", "e2e_s", "tokens_per_s", "goodput_per_s", "peak_bytes", "bytes")
@@ -30,7 +32,9 @@ def rows(report: Mapping[str, Any]) -> Iterator[Row]:
     for artifact in report["artifacts"]:
         for cell in artifact["cells"]:
             yield {
-                **{key: artifact[key] for key in FROM_ARTIFACT},
+                **{key: artifact.get(key) for key in FROM_ARTIFACT},
+                **{key: (artifact.get("cold") or {}).get(key) for key in FROM_COLD},
+                **{f"kv_{key}": (artifact.get("kv_cache") or {}).get(key) for key in FROM_KV},
                 **{key: artifact["quality"].get(key) for key in FROM_QUALITY},
                 **{key: cell.get(key) for key in FROM_CELL},
                 **{key: (cell.get("energy") or {}).get(key) for key in FROM_ENERGY},

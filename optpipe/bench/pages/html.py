@@ -39,6 +39,7 @@ def page(found: Mapping[str, Any], series: Sequence[Mapping[str, Any]]) -> str:
         *about.evaluation(found),
         sections.batches(found),
         about.limits(found),
+        about.ready(found),
         about.drift(found, series),
         about.lacking(found),
         about.machine(found),

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from optpipe.bench.fidelity import gate
-from optpipe.bench.pages import bounds, missing, rates, served, setups, tasks
+from optpipe.bench.pages import bounds, missing, rates, room, served, setups, tasks
 from optpipe.bench.pages.view import DASH, breaks, short
 
 Row = list[str]
@@ -86,6 +86,8 @@ def markdown(report: Mapping[str, Any]) -> str:
     parts += [_markdown_table(gate.HEADER, gate.rows(report))]
     less = run["design"]["quality"]["reasons"]
     parts += [f"Less text than asked for: {less[k]}." for k in ("window", "windows") if k in less]
+    parts += ["## Starts", _markdown_table(room.START, room.starts(report)), room.READ]
+    parts += ["## Room", _markdown_table(room.MEMORY, room.memory(report)), room.ROOM]
     parts += [f"## Rates and gaps\n\n{rates.READ}"]
     for title, told in rates.tables(report):
         parts += [f"### {title}", _markdown_table(rates.HEADER, told)]

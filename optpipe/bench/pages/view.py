@@ -11,7 +11,8 @@ DASH = "\u2013"
 """For what is not there."""
 METRICS = {"ttft_s": "TTFT", "queue_s": "queue", "prefill_s": "prefill", "tpot_s": "TPOT",
            "e2e_s": "end to end", "tokens_per_s": "tokens/s", "peak_bytes": "memory",
-           "bytes": "size", "goodput_per_s": "goodput", "icl_max_s": "longest gap",
+           "bytes": "size", "made_s": "time of making", "load_s": "load time",
+           "goodput_per_s": "goodput", "icl_max_s": "longest gap",
            "user_tokens_per_s": "a user's tokens/s", "user_e2e_tokens_per_s": "... with TTFT",
            "decode_tokens_per_s": "decode tokens/s", "steady_tokens_per_s": "full batch tokens/s",
            "total_tokens_per_s": "all tokens/s", "requests_per_s": "requests/s",

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from optpipe.bench import cold
 from optpipe.bench.evidence.statistics import fewest_pairs
 from optpipe.bench.outcome import Outcome
 from optpipe.bench.resident import Reside, Residents
@@ -67,10 +68,10 @@ class Alternation:
         """Load an arm and time what is left of its blocks; whether there may be more."""
         [arm] = [arm for arm in self.outcome.arms if arm.name == name]
         with self.reside([arm], self.progress) as residents:
-            self.outcome.broken |= residents.broken
-            if residents.broken or name in self.outcome.measured.dead:
-                return False
             self.outcome.loaded |= residents.loaded
+            self.outcome.broken |= residents.broken | cold.note(self.outcome, residents)
+            if not residents.workers or name in self.outcome.measured.dead:
+                return False
             for cell in (cell for cell in left if left[cell]):
                 self._cell(self._timer(cell, residents), left[cell])
             if judged:
