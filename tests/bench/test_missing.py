@@ -33,7 +33,8 @@ def found(tmp_path_factory):
         "single": Scenario(prompt_tokens=[4], new_tokens=2),
         "server": Scenario(prompt_tokens=[4], new_tokens=2, serving=load),
     }
-    return measure_arms(given, BenchConfig(blocks=1, max_blocks=1), scenarios, lambda *_: None)
+    bench = BenchConfig(blocks=1, max_blocks=1, warmup=2, warmup_s=0)
+    return measure_arms(given, bench, scenarios, lambda *_: None)
 
 
 def test_it_is_never_loaded_and_the_report_says_why(found):

@@ -380,7 +380,10 @@ def test_a_whole_run_of_a_real_model(tiny, tmp_path, capfd):
         assert found["perplexity"] > 1 and found["greedy_prefix"]["exact_share"] == 1
         assert found["deterministic"] is True and len(artifact["content"]) == 64
         assert 0 < artifact["cells"][0]["blocks"] <= 6
+        step = artifact["cells"][0]["bottleneck"]["phase"]["decode"]
+        assert step["flops"] > 0 and step["bytes"] > 0 and 0 < step["host_share"] < 1
     assert built["run"]["design"]["quality"]["sampled_from"] == "baseline"
+    assert built["run"]["ceilings"]["cpu"]["float32"]["flops_per_s"] > 1e9
     _, cell = entry(built, "copy")
     assert 0.3 < cell["speedup"]["tpot_s"]["ratio"] < 3
     text = (tmp_path / "out" / "report.md").read_text()
