@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from optpipe import kvcache
@@ -47,10 +49,7 @@ def empty(config: Any) -> PreTrainedModel:
     """A model of this shape whose parameters take no memory; its buffers are real."""
     # torch's fused attention knows no soft cap, and transformers before 5.24 let it drop that
     plain = {"attn_implementation": "eager"} if describe(config).attn_softcap else {}
-    with _parameters_on_meta():
-        lm: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, trust_remote_code=False, **plain
-        )
+    lm = _on_meta(config, dtype=torch.float32, **plain)
     for name, module in list(lm.named_modules()):
         if isinstance(module, Conv1D):  # GPT-2 stores (in, out); everything here is (out, in)
             lm.set_submodule(name, dense(module.weight.T, module.bias))
@@ -123,10 +122,24 @@ def layers(checkpoint: Checkpoint) -> Layers:
     """Every linear layer of the model and its form."""
     if checkpoint.forms is not None:
         return checkpoint.forms
-    lm = empty(checkpoint.config)
-    found = {n: lm.get_submodule(n) for b in checkpoint.decoder.blocks for n in b.linears}
-    found[checkpoint.decoder.head] = lm.get_submodule(checkpoint.decoder.head)
-    return {n: Form(rows=m.out_features, cols=m.in_features) for n, m in found.items()}  # type: ignore[arg-type]
+    config = checkpoint.config
+    return dict(_dense_layers(_Config(config.to_json_string(use_diff=False), config)))
+
+
+@dataclass(frozen=True)
+class _Config:
+    """Equal where the texts are, so that what follows from a config is found once."""
+
+    text: str
+    config: Any = field(compare=False)
+
+
+@lru_cache(maxsize=16)
+def _dense_layers(given: _Config) -> Layers:
+    lm, decoder = empty(given.config), describe(given.config)
+    names = [*(name for block in decoder.blocks for name in block.linears), decoder.head]
+    found: dict[str, Any] = {name: lm.get_submodule(name) for name in names}
+    return {n: Form(rows=m.out_features, cols=m.in_features) for n, m in found.items()}
 
 
 def check_complete(checkpoint: Checkpoint) -> None:
@@ -167,9 +180,8 @@ def parameter_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
 
 def shapes_of(config: Any) -> dict[str, tuple[int, ...]]:
     """As :func:`parameter_shapes`, of a config that belongs to no folder yet."""
-    with _parameters_on_meta():
-        lm = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    shapes = {name: tuple(parameter.shape) for name, parameter in lm.named_parameters()}
+    named = _on_meta(config).named_parameters()
+    shapes = {name: tuple(parameter.shape) for name, parameter in named}
     decoder = describe(config)
     if decoder.tied:
         shapes.pop(f"{decoder.head}.weight", None)
@@ -214,16 +226,14 @@ def _set(lm: nn.Module, name: str, tensor: Tensor) -> None:
     setattr(lm.get_submodule(owner), key, nn.Parameter(tensor, requires_grad=False))
 
 
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Modules made inside get parameters without memory, but real buffers.
+def _on_meta(config: Any, **options: Any) -> PreTrainedModel:
+    """A model whose parameters take no memory, but whose buffers are real.
 
     ``torch.device("meta")`` would also void the buffers, such as rotary frequencies, that no
     checkpoint stores and that only the constructors of transformers know how to compute. What
-    transformers would fill the parameters with is left out: on 'meta' it does nothing, and took
-    four fifths of the time.
+    would fill the parameters is left out: on 'meta' it does nothing, and takes most of the time.
     """
-    register, initialize = nn.Module.register_parameter, PreTrainedModel.initialize_weights
+    register = nn.Module.register_parameter
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if parameter is not None:
@@ -231,9 +241,12 @@ def _parameters_on_meta() -> Iterator[None]:
         register(module, name, parameter)
 
     nn.Module.register_parameter = on_meta  # type: ignore[assignment, method-assign]
-    PreTrainedModel.initialize_weights = lambda self: None  # type: ignore[method-assign]
     try:
-        yield
+        with no_init_weights():
+            lm: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=False, **options
+            )
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
-        PreTrainedModel.initialize_weights = initialize  # type: ignore[method-assign]
+    lm.tie_weights()
+    return lm
