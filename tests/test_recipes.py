@@ -18,6 +18,12 @@ def registered():
     register_recipes(data_dir("recipes"))
 
 
+@pytest.fixture(scope="module")
+def keys():
+    """Of a run, at the top."""
+    return set(composed())
+
+
 def composed(*overrides):
     with initialize_config_dir(version_base="1.3", config_dir=str(data_dir("conf"))):
         return compose("config", overrides=list(overrides))
@@ -37,7 +43,7 @@ def test_recipe_composes_and_fits(recipe, tmp_path):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_recipe_says_how_to_run_it_and_adds_nothing_but_choices(recipe):
+def test_recipe_says_how_to_run_it_and_adds_nothing_but_choices(recipe, keys):
     path = data_dir("recipes") / f"{recipe}.yaml"
     text = path.read_text()
     argument = "" if recipe == "default" else f" recipe={recipe}"
@@ -46,7 +52,7 @@ def test_recipe_says_how_to_run_it_and_adds_nothing_but_choices(recipe):
     assert "_target_" not in text and len(text.splitlines()) <= 20
     content = OmegaConf.load(path)
     content.pop("defaults", None)
-    assert set(content) <= set(composed())
+    assert set(content) <= keys
     for group, values in content.items():
         if OmegaConf.is_dict(values):
             options = data_dir("conf").glob(f"{group}/*.yaml")
