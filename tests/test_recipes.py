@@ -1,10 +1,12 @@
 """Every recipe composes, its stages fit together, and it says what it is and how to run it."""
 
+from functools import cache
+
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from optpipe import pipeline
+from optpipe import calibrate, pipeline
 from optpipe.config import build, build_stages, data_dir, register_recipes
 from optpipe.source import Source
 
@@ -16,6 +18,9 @@ NEEDED = ["baseline", "default", "int4_ort", "int8_ort", "lowrank_ort", "sparse2
 @pytest.fixture(autouse=True, scope="module")
 def registered():
     register_recipes(data_dir("recipes"))
+    with pytest.MonkeyPatch.context() as patch:  # they all calibrate on the same text
+        patch.setattr(calibrate, "tokenize", cache(calibrate.tokenize))
+        yield
 
 
 @pytest.fixture(scope="module")

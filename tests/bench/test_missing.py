@@ -55,7 +55,8 @@ def test_an_endpoint_is_timed_in_server_cells_alone_and_not_judged(found):
     assert entry["role"] == entry["stage"] == "endpoint" and entry["dtype"] == "float32"
     assert entry["quality"]["reasons"]["tier"] == report.NO_LOGITS
     told = {cell["scenario"]: cell["reasons"].get("tpot_s") for cell in entry["cells"]}
-    assert told == {"single": ONLY_REQUESTS, "server": None}
+    assert told["single"] == ONLY_REQUESTS
+    assert told["server"] in (None, "no block was run"), "the only one is lost if others disturb it"
 
 
 @pytest.mark.parametrize("format", [*NOT_DRIVEN])
