@@ -38,9 +38,9 @@ def layer_facts(
             _check_kept(name, module, model.part(name, before, parent), trained)
         if mask is not None:
             _check_mask(name, weight, mask, form.pattern or ROW)
-        kept = 1.0 if mask is None else float(mask.float().mean())
+        kept = 1.0 if mask is None else int(mask.sum()) / mask.numel()
         weights += weight.numel()
-        gone += (1 - kept) * weight.numel()
+        gone += 0 if mask is None else int((~mask).sum())
         bits += form.stored_bits(checkpoint.layer_dtype(name).itemsize * 8, kept)
         original += form.rows * form.cols
         if name.endswith(".right"):
