@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from optpipe import model
 from optpipe.calibrate import Observation
 from optpipe.checkpoint import Checkpoint
-from optpipe.device import fastest
 from optpipe.linear import weight_of
+from optpipe.sensitivity import Layers, backward
 from optpipe.stage import Progress
 
 
@@ -18,19 +16,18 @@ def gradient_scores(
 ) -> dict[str, Tensor]:
     """sum_i |W_ij dL/dW_ij| for every input j of the wanted layers, float64 (C).
 
-    L is the sum of the losses of all samples. The whole model is in memory.
+    L is the sum of the losses of all tokens; one block is in memory at a time.
     """
-    device = fastest()
-    lm = model.load(checkpoint)
-    nn.Module.to(lm, device)
-    weights = {name: weight_of(lm.get_submodule(name)) for name in sorted(observation.wanted)}
-    for weight_RC in weights.values():
-        weight_RC.requires_grad_(True)
-    with torch.enable_grad():
-        for sample, ids_T in enumerate(observation.ids_ST.to(device)):
-            progress("gradients", sample, len(observation.ids_ST))
-            lm(ids_T[None], labels=ids_T[None]).loss.backward()
-    return {name: _score(weight_RC).cpu() for name, weight_RC in weights.items()}
+    scores: dict[str, Tensor] = {}
+    blocks = backward(checkpoint, observation.ids_ST, observation.wanted, _ask, progress)
+    for layers, _ in blocks:
+        scores |= {name: _score(weight_of(layer)).cpu() for name, layer in layers.items()}
+    return scores
+
+
+def _ask(layers: Layers) -> None:
+    for layer in layers.values():
+        weight_of(layer).requires_grad_(True)
 
 
 def _score(weight_RC: Tensor) -> Tensor:

@@ -157,7 +157,7 @@ class Width(Stage):
     """The channels that stay are rounded up to a multiple of this: later grids want whole groups,
     matrix units whole tiles."""
     score: str = FLAP
-    """'flap', or 'taylor', which needs memory for the whole model and its gradients."""
+    """'flap', or 'taylor', for which the hidden states between all blocks are in memory at once."""
     compensation: str = WEIGHTS
     """'weights', 'bias' (where the family has one) or 'none'."""
     damp: float = 0.01
