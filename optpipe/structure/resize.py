@@ -6,7 +6,7 @@ import copy
 import math
 from typing import Any
 
-from optpipe.family import describe
+from optpipe.family import Decoder, describe
 from optpipe.model import shapes_of
 
 ATTENTION, MLP = "attention", "mlp"
@@ -22,6 +22,20 @@ BIASED = {
 }
 """What gives the output projection of a part a bias: a key of the config, None if it has one
 anyway. In the families that are missing the architecture has no place for it."""
+
+
+DIVIDING = ("llama", "gemma2", "gemma3_text")
+"""Families whose config must have a hidden size that is a multiple of its heads; transformers
+neither writes nor reads another."""
+
+
+def fewest_groups(decoder: Decoder, least: int) -> int:
+    """The fewest key-value heads, no less than these, that a config of the family may have."""
+    if decoder.family not in DIVIDING:
+        return least
+    shared = decoder.heads // decoder.kv_heads
+    fitting = (n for n in range(least, decoder.kv_heads) if decoder.hidden % (shared * n) == 0)
+    return next(fitting, decoder.kv_heads)
 
 
 def narrowed(config: Any, channels: int, groups: int, biased: bool) -> Any:

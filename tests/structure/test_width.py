@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
@@ -62,6 +63,27 @@ def test_never_more_goes_than_was_allowed(total, share, multiple):
     kept = _kept(total, share, multiple)
     assert 1 <= kept <= total and total - kept <= share * total + 1e-6
     assert kept == total or kept % multiple == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "share", "stay"),
+    [
+        ("Llama", 0.2, 8),
+        ("Llama", 0.5, 4),
+        ("Llama", 0.7, 4),
+        ("Gemma2", 0.2, 8),
+        ("Qwen3", 0.2, 7),
+    ],
+)
+def test_as_many_heads_stay_as_transformers_has_a_config_for(kind, share, stay, tmp_path):
+    """The sizes of Llama 3 8B: of 28 query heads 4096 is no multiple, which some families want."""
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+    kind = getattr(transformers, f"{kind}Config")
+    smaller = Width(heads=share).resize(kind(**sizes, **heads))
+    smaller.save_pretrained(tmp_path)
+    read = kind.from_pretrained(tmp_path)
+    assert (read.num_key_value_heads, read.num_attention_heads) == (stay, 4 * stay)
 
 
 def test_bias_makes_up_exactly_for_constant_channels():
