@@ -4,6 +4,7 @@ import gzip
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 import reports
 
@@ -231,3 +232,20 @@ def test_reading_timings_stops_at_a_limit(tmp_path, monkeypatch):
         assert len(raw.read(folder)) == len(stream.readlines())
     monkeypatch.setattr(raw, "MOST", 10)
     assert len(raw.read(folder)) == 10
+
+
+class Pixels:
+    """Axes on which a unit is a pixel."""
+
+    transData = property(lambda self: self)
+
+    def transform(self, point):
+        return np.array(point, dtype=float)
+
+    def inverted(self):
+        return self
+
+
+def test_marks_of_near_points_are_joined_beside_the_last_of_them():
+    points = [(0, 0, "4"), (12, 2, "5"), (0, 1, "10"), (60, 0, "2"), (3, 30, "7")]
+    assert [*figure.joined(Pixels(), points)] == [(12, 2, "4, 5, 10"), (3, 30, "7"), (60, 0, "2")]

@@ -12,6 +12,8 @@ import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -96,21 +98,22 @@ def number_points(axes: Axes, points: Sequence[tuple[float, float, str]]) -> Non
 def joined(
     axes: Axes, points: Sequence[tuple[float, float, str]]
 ) -> Iterator[tuple[float, float, str]]:
-    """The marks of points, those that would be written over each other as one."""
-    place = axes.transData.transform
+    """The marks of points, those that would be written over each other as one, beside them all."""
+    place, back = axes.transData.transform, axes.transData.inverted().transform
     spots: list[tuple[Any, list[str]]] = []
     for x, y, mark in sorted(points):
         spot = place((x, y))
-        for at, marks in spots:
+        for index, (at, marks) in enumerate(spots):
             width = TEXT * (0.5 + 0.5 * len(", ".join(marks)))
             if abs(at[1] - spot[1]) < TEXT and spot[0] - at[0] < width:
-                marks.append(mark)
+                spots[index] = (np.maximum(at, spot), [*marks, mark])
                 break
         else:
             spots.append((spot, [mark]))
-    for spot, marks in spots:
-        x, y = axes.transData.inverted().transform(spot)
-        yield x, y, ", ".join(sorted(dict.fromkeys(marks), key=lambda mark: (len(mark), mark)))
+    for at, marks in spots:
+        text = ", ".join(sorted(dict.fromkeys(marks), key=lambda mark: (len(mark), mark)))
+        x, y = back(at)
+        yield x, y, text
 
 
 def _embed(svg: str, name: str, title: str, alt: str) -> str:
