@@ -16,7 +16,7 @@ from optpipe.errors import StageError
 TRUST = {
     "selftest", "clock", "sessions", "recorded", "statistics", "dependence", "stopping", "request",
     "roofline", "bottleneck", "cost", "divergence", "gate", "checks", "serve", "schema", "verdict",
-    "journal",
+    "journal", "rates",
 }  # fmt: skip
 """Files of the tests T1 to T13 and T16 of the specification: pytest -m trust."""
 

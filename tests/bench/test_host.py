@@ -28,6 +28,7 @@ def sample(device_ms=(30, 4, 4), **fields):
 def test_what_the_device_did_not_work_is_the_host_s():
     values, reasons = host.entry([sample()], "")
     assert values["device_s"] == pytest.approx(0.038)
+    assert values["prefill_device_s"] == pytest.approx(0.030)
     assert values["host_gap_s"] == pytest.approx(0.071 - 0.038)
     assert reasons == {}
 
@@ -35,7 +36,7 @@ def test_what_the_device_did_not_work_is_the_host_s():
 def test_without_events_the_gap_is_unknown():
     values, reasons = host.entry([sample(device_ms=None)], "")
     assert values["device_s"] is None and values["host_gap_s"] is None
-    assert reasons == dict.fromkeys(("device_s", "host_gap_s"), host.NO_EVENTS)
+    assert reasons == dict.fromkeys(("device_s", "prefill_device_s", "host_gap_s"), host.NO_EVENTS)
     assert {*host.entry([], "too slow")[1].values()} == {"too slow"}
 
 

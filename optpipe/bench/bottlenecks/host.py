@@ -23,18 +23,21 @@ SERVED = "a server also waits for requests"
 
 
 def entry(samples: Iterable[Sample], why: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """``device_s`` and ``host_gap_s`` of one iteration, medians."""
+    """``device_s`` of one iteration and of its prefill alone, and ``host_gap_s``; medians."""
     given = [*samples]
     alone = [s for s in given if s.served is None]
     device = [sum(s.device_s) for s in given if s.device_s is not None]
     gaps = [e2e - sum(s.device_s) for s in alone if s.device_s and (e2e := s.metrics["e2e_s"])]
+    prefills = [s.device_s[0] for s in alone if s.device_s]
     values = {
         "device_s": median(device) if device else None,
+        "prefill_device_s": median(prefills) if prefills else None,
         "host_gap_s": max(median(gaps), 0.0) if gaps else None,
     }
     is_served = any(s.served is not None for s in given)
     reasons = {
         "device_s": why or NO_EVENTS,
+        "prefill_device_s": why or (SERVED if is_served else NO_EVENTS),
         "host_gap_s": why or (SERVED if is_served else NO_EVENTS),
     }
     return values, {key: reasons[key] for key, value in values.items() if value is None}

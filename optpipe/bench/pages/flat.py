@@ -16,7 +16,8 @@ FROM_KV = ("bytes_per_token", "capacity_tokens")
 FROM_QUALITY = ("perplexity", "kl_mean", "top1_agreement", "tier")
 FROM_CELL = ("scenario", "batch", "prompt_tokens", "new_tokens", "blocks", "ttft_s", "queue_s",
              "prefill_s", "tpot_s", "e2e_s", "tokens_per_s", "peak_bytes", "cpu_s", "device_s",
-             "host_gap_s", "user_tokens_per_s", "user_e2e_tokens_per_s", "decode_tokens_per_s",
+             "prefill_device_s", "host_gap_s", "user_tokens_per_s", "user_e2e_tokens_per_s",
+             "decode_tokens_per_s",
              "steady_tokens_per_s", "total_tokens_per_s", "prefill_tokens_per_s", "requests_per_s",
              "icl_max_s", "max_sequences", "arrivals", "rate_per_s", "goodput_per_s", "good_share",
              "failed", "ttft_sched_s")  # fmt: skip

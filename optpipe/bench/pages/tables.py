@@ -24,7 +24,7 @@ PLAIN_WIDTH = 100
 SIZES = ("artifact", "MB on disk", "MB in memory", "claimed", "found in the files")
 NOT_INCLUDED = (
     "Time: tokenizing, detokenizing, sampling other than arg-max, loading and the network. "
-    "Loading is timed on its own, once, with files that may already be in the page cache.",
+    "Cold starts are timed on their own, with files that may already be in the page cache.",
     "Prompts of timed runs are random token ids unless a scenario names a file of them, the same "
     "for all arms; end-of-text does not stop an answer. Speed here does not depend on what the "
     "text says; speculative decoding would.",
