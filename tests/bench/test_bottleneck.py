@@ -249,6 +249,12 @@ def test_a_host_that_takes_the_time_is_what_binds(report):
     found = attached(report, {key: {"prefill": 0.0, "decode": 0.5 * report_time(report, "quant")}})
     engine = next(r for r in found[1]["phase"]["decode"]["remedies"] if r["name"] == "an engine")
     assert engine["artifact"] == "quant+export+build"
+    times = [report_time(report, name) for name in ("quant", "quant+export+build")]
+    assert engine["speedup"] == pytest.approx(times[0] / times[1])
+    report["artifacts"][2]["format"] = "onnx"
+    found = attached(report, {key: {"prefill": 0.0, "decode": 0.5 * report_time(report, "quant")}})
+    engine = next(r for r in found[1]["phase"]["decode"]["remedies"] if r["name"] == "an engine")
+    assert engine["artifact"] is None, "a canonical graph is built for no runtime"
 
 
 def test_a_runner_that_only_sleeps_is_bound_by_the_host(report):
@@ -271,10 +277,12 @@ def test_a_step_faster_than_physics_has_no_class_and_makes_the_run_invalid(repor
 
 def test_requests_that_wait_more_than_half_of_their_ttft_are_bound_by_the_queue(report):
     cell = report["artifacts"][0]["cells"][0]
-    cell["queue_s"], cell["ttft_s"] = 3.0, 3.0 + cell["prefill_s"]
+    cell["queue_s"], cell["ttft_s"] = 3.0, 5.9
     assert attached(report)[0]["class"] != "queue", "one at a time, there is no queue"
     cell["arrivals"] = "poisson"
     found = attached(report)[0]
+    cell["ttft_s"] = 6.1
+    assert attached(report)[0]["class"] is None
     assert found["class"] == "queue"
     names = [remedy["name"] for remedy in found["remedies"]]
     assert "prefill-decode disaggregation" in names and "chunked prefill" in names

@@ -76,6 +76,10 @@ def test_the_host_s_share_makes_the_class(report):  # noqa: F811
     assert base["class"] == "memory_bandwidth_weights"
     assert engine["host_share"] == pytest.approx(0.5, abs=1e-3) and engine["class"] == "host"
     assert {r["name"] for r in engine["remedies"]} >= {"CUDA graphs"}
+    report["artifacts"][2]["decoding"] = "one CUDA graph a step, KV cache of fixed size"
+    bottleneck.attach(report, COSTS, {"GPU": CEILINGS}, host.from_events(samples, {}))
+    decode = report["artifacts"][2]["cells"][0]["bottleneck"]["phase"]["decode"]
+    assert "CUDA graphs" not in {r["name"] for r in decode["remedies"]}
 
 
 def test_every_device_has_its_own_ceilings(report):  # noqa: F811

@@ -50,7 +50,7 @@ def outcomes(report: Entry) -> Iterator[tuple[str, Rows]]:
             for phase, entry in phases.items()
         ]
         rows = [
-            (name, phase, remedy["name"], called[remedy["artifact"]], *_figures(remedy))
+            (name, phase, remedy["name"], called.get(remedy["artifact"], DASH), *_figures(remedy))
             for name, phase, _, entry in steps
             for remedy in entry["remedies"]
             if remedy["artifact"] is not None
