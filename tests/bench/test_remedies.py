@@ -102,7 +102,7 @@ def test_remedies_are_for_what_takes_the_bytes(weights, kv, for_weights, for_kv)
     assert ("4-bit weights" in found, "8-bit KV cache" in found) == (for_weights, for_kv)
 
 
-PROMPT = {"weights": 0.8, "activations": 0.2}
+PROMPT = {"weights": 0.8, "kv": 0.1, "activations": 0.1}
 
 
 def test_remedies_for_compute_by_hand():
@@ -127,9 +127,9 @@ def test_remedies_for_compute_by_hand():
 
 
 def test_integers_are_also_fewer_bytes():
-    """84 ms of products, 80 of bytes: 42, and 42.5 at 8.5 of 16 bits."""
-    found = predicted(bound(roofline.COMPUTE, cost(flops=8.4e12, weights=8), 0.1))
-    assert found["mixed precision: 8-bit weights, 8-bit inputs"] == pytest.approx(100 / (16 + 42.5))
+    """84 ms of products, 80 of bytes: 42, and 10 beside 42.5 at 8.5 of 14 bits."""
+    found = predicted(bound(roofline.COMPUTE, cost(flops=8.4e12, weights=7, kv=1), 0.1))
+    assert found["mixed precision: 8-bit weights, 8-bit inputs"] == pytest.approx(100 / (16 + 52.5))
 
 
 def test_a_host_that_waits_by_hand():
@@ -206,6 +206,18 @@ def test_what_was_tried_is_predicted_for_as_much_of_it_as_was_done(does, amount,
     (remedy,) = (r for r in found if r.does == does)
     assert remedy.name == name
     assert remedy.predicted == pytest.approx(125 / (25 + 10 * gigabytes))
+
+
+def test_what_was_tried_is_predicted_where_it_is_no_remedy_too():
+    """An 8-bit cache saves 7.5 of 125 ms of a step for weights; 4-bit weights save no product."""
+    *rest, last = remedies(bound(roofline.WEIGHTS, WEIGHTS), {"cache": 1.0})
+    assert last.name == "8-bit KV cache" and last.predicted == pytest.approx(125 / 117.5)
+    assert "two devices" in rest[-1].name, "after all that are"
+    given = bound(roofline.COMPUTE, cost(flops=9e12, weights=7, kv=1), 0.1, phase="prefill")
+    tried = {"4-bit weights": 4.5, "structure": 0.8}
+    names = [remedy.name for remedy in remedies(given, tried)]
+    assert names[-1] == "4-bit weights" and len({*names}) == len(names)
+    assert remedies(given, tried)[-1].predicted == pytest.approx(1)
 
 
 def named(found, name):

@@ -5,8 +5,9 @@ Those for waiting, of the host, of kernels, in a queue or for memory, are in `wa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import chain
 from types import MappingProxyType
 
 from optpipe.bench.bottlenecks import roofline, waiting
@@ -36,7 +37,8 @@ MODEL, DEVICE, SERVER = "a model trained so", "a second device", "a server with 
 def remedies(bound: Bound, tried: Tried = NOTHING) -> list[Remedy]:
     """For the class of a step, those that predict most first; what needs what is not here, last.
 
-    A remedy that was ``tried`` is predicted for as much of it as was done.
+    A remedy that was ``tried`` is predicted for as much of it as was done. One that is none of this
+    class comes after all that are: a prediction of no gain can be false, too.
     """
     by_kind = {
         roofline.WEIGHTS: _memory,
@@ -45,22 +47,28 @@ def remedies(bound: Bound, tried: Tried = NOTHING) -> list[Remedy]:
         roofline.HOST: waiting.host,
         roofline.KERNEL: waiting.kernel,
     }
-    found = by_kind[bound.kind](bound, tried) if bound.kind in by_kind else iter(())
+    found = [*by_kind[bound.kind](bound, tried)]
+    listed = {remedy.does for remedy in found}
+    every = chain(_weights(bound, tried), _kv(bound), _mixed_precision(bound))
+    others = [r for r in every if r.does in tried and r.does not in listed]
+    return [*_ranked(found), *_ranked(others)]
+
+
+def _ranked(found: Iterable[Remedy]) -> list[Remedy]:
     return sorted(found, key=lambda remedy: (bool(remedy.needs), -(remedy.predicted or 0.0)))
 
 
 def _memory(bound: Bound, tried: Tried) -> Iterator[Remedy]:
     """For weights, for the cache, or, where neither is most of the bytes, for both."""
-    parts = bound.cost.traffic
-    weights, kv = (parts[name].bytes / bound.cost.bytes for name in ("weights", "kv"))
-    if kv <= MOST:
-        yield from _weights(bound, tried, f"weights are {weights:.0%} of the bytes of a step")
-    if weights <= MOST:
-        yield from _kv(bound, f"the KV cache is {kv:.0%} of the bytes of a step")
+    if _share(bound.cost, "kv") <= MOST:
+        yield from _weights(bound, tried)
+    if _share(bound.cost, "weights") <= MOST:
+        yield from _kv(bound)
     yield _two_devices(bound)
 
 
-def _weights(bound: Bound, tried: Tried, why: str) -> Iterator[Remedy]:
+def _weights(bound: Bound, tried: Tried) -> Iterator[Remedy]:
+    why = f"weights are {_share(bound.cost, 'weights'):.0%} of the bytes of a step"
     if bound.cost.traffic["scratch"].bytes:
         yield waiting.fused_dequantization(bound)  # before that, fewer bits save nothing
     else:
@@ -116,8 +124,9 @@ def _speculation(bound: Bound) -> Remedy:
     )
 
 
-def _kv(bound: Bound, why: str) -> Iterator[Remedy]:
+def _kv(bound: Bound) -> Iterator[Remedy]:
     cost = bound.cost
+    why = f"the KV cache is {_share(cost, 'kv'):.0%} of the bytes of a step"
     in_place = cost.kv_in_place / cost.traffic["kv"].bytes
     for name, factor, does, needs in (
         ("8-bit KV cache", 1 / cost.kv_item, "cache", ""),
@@ -180,6 +189,11 @@ def _two_devices(bound: Bound) -> Remedy:
         predicted=bound.faster(halves),
         needs=DEVICE,
     )
+
+
+def _share(cost: PhaseCost, part: str) -> float:
+    """Of the bytes of a step."""
+    return cost.traffic[part].bytes / cost.bytes
 
 
 def _bits(cost: PhaseCost) -> float:
