@@ -27,8 +27,9 @@ class BenchConfig:
     """A cell ends at a look where every primary ratio is known to this share of itself."""
     delta: float = 0.02
     """Ratios whose interval lies within 1 +- delta are called EQUIVALENT."""
-    warmup: int = 3
-    """Fewest untimed iterations of every arm before each cell, at least 2."""
+    warmup: int = 4
+    """Fewest untimed iterations of every arm before each cell, at least 2: with 4, the first 12
+    blocks show the end of a start of 15, which otherwise is like an arm that is slower."""
     warmup_s: float = 8.0
     """Warm-up of a cell, all arms together, ends here even if an arm has not settled."""
     budget_s: float = 120.0

@@ -1,6 +1,7 @@
 """Whole benchmarks on a simulated machine, hundreds of them: what they conclude is known to be
 true or false."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -8,9 +9,11 @@ import pytest
 from scipy.stats import ttest_ind
 from simulated import CELLS, Machine, SimWorker, built, session, speedups
 
+from optpipe.bench.evidence.statistics import hodges_lehmann, log_ratios
 from optpipe.bench.timed import blocks, timing
 from optpipe.bench.timed.measure import BenchConfig
 from optpipe.bench.timed.samples import AGAIN
+from optpipe.bench.timed.series import collect, pairs
 
 
 @pytest.fixture(autouse=True)
@@ -155,36 +158,79 @@ def jit(until):
     BenchConfig(blocks=20, max_blocks=40, warmup_s=0.0, budget_s=1e9),
 ], ids=["quick", "long"])  # fmt: skip
 def test_a_start_that_lasts_into_the_timed_blocks_is_cut_off(pair, config):
-    """T5: an arm that compiles after its tenth iteration, when warm-up is long over."""
-    machine = Machine(4, sd=0.02, bursts=0)
-    outcome = session(machine, pair, three(machine, spoil=jit(10)), config, CELLS[:1])
+    """T5: an arm that compiles after its eleventh iteration, when warm-up is long over."""
+    machine = Machine(5, sd=0.02, bursts=0)
+    outcome = session(machine, pair, three(machine, spoil=jit(11)), config, CELLS[:1])
     warm = {s.block for s in outcome.measured.samples if s.reason == "warmup" and s.block >= 0}
-    assert warm == set(range(7)), "three in warm-up, seven more"
+    # four in warm-up, seven more; up to the next block of which none used fewer cores than usual
+    assert set(range(7)) <= warm <= set(range(13))
     entry = speedups(built(outcome), "copy")["single", "tpot_s"]
     assert abs(entry["ratio"] - 1) <= 0.02 and entry["verdict"] in ("EQUIVALENT", "INCONCLUSIVE")
 
 
-def test_a_late_start_of_any_length_makes_no_arm_slower(pair):
-    """Also where so few blocks are late that no test can see them: they are outvoted."""
-    false = 0
-    for until in range(3, 15):  # later it is over before it compiles
-        for seed in range(3):
-            machine = Machine(seed, sd=0.02, bursts=0)
-            workers = three(machine, spoil=jit(until))
-            found = built(session(machine, pair, workers, cells=CELLS[:1]))
-            entry = speedups(found, "copy")["single", "tpot_s"]
-            false += entry["verdict"] in ("SLOWER", "FASTER")
-    assert false <= 2, false
+STARTS = {
+    "exponential": lambda share: math.exp(-4 * share),
+    "linear": lambda share: max(1 - share, 0.0),
+    "step": lambda share: float(share < 1),
+}
+
+
+def starting(shape, length, height):
+    """Up to 1 + ``height`` times as slow in its first ``length`` iterations."""
+
+    def spoil(answer, ids, worker):
+        slow = 1 + height * STARTS[shape]((worker.iterations - 1) / length)
+        trace = answer.trace
+        stamps = tuple(int(trace.start_ns + slow * (t - trace.start_ns)) for t in trace.token_ns)
+        cpu_s = slow * answer.cpu_s
+        return replace(answer, trace=replace(trace, token_ns=stamps), cpu_s=cpu_s)
+
+    return spoil
+
+
+def bias(pair, seed, shape, lengths, warmup_s):
+    """What the log-ratio of equal arms comes out as if they start over so many iterations."""
+    machine, heights = (
+        Machine(seed, sd=0.02, bursts=0),
+        np.random.default_rng(seed).uniform(0, 1.5, 2),
+    )
+    base, copy = (
+        starting(shape, length, height) if length else None
+        for length, height in zip(lengths, heights, strict=True)
+    )
+    workers = [
+        SimWorker(machine, "baseline", spoil=base),
+        SimWorker(machine, AGAIN, spoil=base),
+        SimWorker(machine, "copy", spoil=copy),
+    ]
+    config = BenchConfig(warmup_s=warmup_s, budget_s=1e9)
+    outcome = session(machine, pair, workers, config, CELLS[:1])
+    turns = collect(outcome.measured.samples)
+    before, after = (turns[name, CELLS[0]] for name in ("baseline", "copy"))
+    return hodges_lehmann(log_ratios(*pairs(before, after, "tpot_s"))).estimate
+
+
+@pytest.mark.parametrize("shape", STARTS)
+@pytest.mark.parametrize(
+    ("warmup_s", "longest", "runs"), [(0.0, 11, 12), (6.0, 15, 6)], ids=["no time", "quick"]
+)
+def test_a_start_leaves_a_bias_of_at_most_one_percent(pair, shape, warmup_s, longest, runs):
+    """T5: up to 150 %, of the arm, of the baseline, and of both but shorter in the latter."""
+    for length in (7, longest):  # 7: as a JIT does
+        for lengths in ((0, length), (length, 0), (length // 2, length)):
+            found = [bias(pair, seed, shape, lengths, warmup_s) for seed in range(runs)]
+            assert abs(np.mean(found)) <= 0.01, (lengths, found)
 
 
 def test_a_late_start_is_cut_where_the_budget_ends_the_cell(pair):
     """Some twenty blocks of about 0.25 s are run, the first seven of them do not count."""
-    machine = Machine(3, sd=0.02, bursts=0)
+    machine = Machine(5, sd=0.02, bursts=0)
     config = BenchConfig(warmup_s=0.0, budget_s=6, blocks=30, max_blocks=40)
-    outcome = session(machine, pair, three(machine, spoil=jit(10)), config, CELLS[:1])
+    outcome = session(machine, pair, three(machine, spoil=jit(11)), config, CELLS[:1])
     timed = {s.block: s.reason for s in outcome.measured.samples if s.block >= 0}
     assert 14 <= len(timed) < 30 and "time budget" in outcome.measured.stopped[CELLS[0]]
-    assert [block for block, reason in timed.items() if reason == "warmup"] == [*range(7)]
+    late = {block for block, reason in timed.items() if reason == "warmup"}
+    assert set(range(7)) <= late <= set(range(13))
 
 
 def test_a_cell_ends_at_the_first_look_that_knows_enough(pair):

@@ -14,9 +14,9 @@ from optpipe.bench.evidence.statistics import LEVEL, Floats
 BATCH = 5
 LEFT = 4
 """Values that must remain for them to be a state."""
-STEP, MAD_SD = 6.0, 1.4826
-"""Standard deviations that a start is above what follows; one of them in median deviations. Of 24
-values that drift (autocorrelation 0.75) and do not leap, 4.7 % were cut at 4, 1.9 % are at 6."""
+LEAP, MAD_SD = 5.0, 1.4826
+"""Standard deviations of neighbours that a start is apart from what follows; one of them in median
+deviations."""
 FALSE_CUT, ORDERS = 0.01, 10_000
 """How often a steady series is cut, and how many random orders tell what that takes."""
 
@@ -70,23 +70,36 @@ def settled(values: Sequence[float], within: float = 0.02) -> bool:
 
 
 def late_start(values: Sequence[float]) -> int:
-    """How many leading values belong to another, slower state, such as before a JIT compiled.
+    """How many leading values belong to another state, such as before a JIT compiled.
+
+    Higher or lower: of a ratio, either of the two may have started late.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    return max(_head(array), _head(-array))
+
+
+def _head(values: Floats) -> int:
+    """How many leading values are above the others because they came first.
 
     The change point of Pettitt (1979, Applied Statistics 28) on ranks, which a burst does not move:
     0 unless what is before it ranks above what is after it as chance does it in one of a hundred
     orders of the same values. Where there is one, it lies where both parts are nearest to their
-    medians, STEP times further apart than values after it scatter: neighbours that resemble each
-    other drift, but do not leap.
+    medians, LEAP times further apart than neighbours in the later half: neighbours that resemble
+    each other drift, but do not leap. A start that decays ends later than its best step: it lasts
+    until a value is no higher than half of those that follow.
     """
     z = _steps(np.argsort(np.argsort(values))[None])[0]
     if not len(z) or z.max() < _critical(len(values)):
         return 0
-    array = np.asarray(values, dtype=np.float64)
-    apart = [_scatter(array[:cut]) + _scatter(array[cut:]) for cut in range(1, len(z) + 1)]
+    apart = [_scatter(values[:cut]) + _scatter(values[cut:]) for cut in range(1, len(z) + 1)]
     cut = int(np.argmin(apart)) + 1
-    after = float(np.median(array[cut:]))
-    leap = float(np.median(array[:cut])) - after
-    return cut if leap > STEP * MAD_SD * float(np.median(np.abs(array[cut:] - after))) else 0
+    steps = np.abs(np.diff(values))  # those of a decay are larger, and may be most
+    noise = MAD_SD * float(min(np.median(steps), np.median(steps[len(steps) // 2 :])))
+    if np.median(values[:cut]) - np.median(values[cut:]) <= LEAP * noise:
+        return 0
+    while values[cut] > np.median(values[cut:]) + noise / 2:
+        cut += 1
+    return cut
 
 
 def _scatter(values: Floats) -> float:

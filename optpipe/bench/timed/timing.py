@@ -117,7 +117,6 @@ class Timer:
         kept = block = 0
         while kept < looks[-1] and block < RERUNS * looks[-1] and (blocks.past or blocks.arms()):
             if kept and not blocks.past and blocks.session.clock() > end_ns:
-                kept -= self._late()
                 break
             samples = blocks.timed(block, WARM)
             block += 1
@@ -129,6 +128,7 @@ class Timer:
                     if not cut and kept < looks[-1] and self._narrow():
                         return
             yield kept / looks[-1]
+        kept -= self._late()
         self._explain(kept, block, blocks.session.clock() > end_ns)
 
     def _explain(self, kept: int, block: int, over: bool) -> None:
