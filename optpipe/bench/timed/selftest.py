@@ -1,11 +1,17 @@
 """The instrument measures itself: a runner whose delays are known, timed like any other arm.
 
 It sleeps until absolute deadlines, never for a time and never in a spin, so that what it is late
-for one token is not added to the next.
+for one token is not added to the next. On a busy machine a sleeper is also late by the slices of
+others, of 4 ms each, which is the machine and not the instrument: it asks to come first.
 """
 
 from __future__ import annotations
 
+import ctypes
+import os
+import platform
+import struct
+import sys
 import time
 from pathlib import Path
 
@@ -22,7 +28,10 @@ NEW_TOKENS = 16
 RUNS, SHORT_RUNS = 15, 5
 LIMITS = {"ttft_error": 0.05, "tpot_error": 0.02, "e2e_error": 0.02}
 """Largest relative errors at which the instrument is fit for use. TTFT holds the hand-over to
-another process, which on a machine with a load of 12 takes a millisecond of the 50 at times."""
+another process, 0.4 ms of the 50."""
+SETATTR = {"x86_64": 314, "aarch64": 274}
+"""Numbers of the system call sched_setattr, which has no name in Python."""
+SLICE_NS = 100_000
 VOCAB = 2
 TIMEOUT_S = 60.0
 
@@ -35,6 +44,7 @@ class KnownDelay(Backend):
 
     def __init__(self, artifact: Artifact, threads: int, dtype: str) -> None:
         self._due_s = 0.0
+        _run_when_due()
 
     def prefill(self, ids_BS: Ids, lengths_B: Ids) -> Logits:
         self._due_s = time.perf_counter() + TTFT_S
@@ -61,6 +71,20 @@ class KnownDelay(Backend):
 def known_delay(format: str) -> type[Backend]:
     """The runner, for whatever format."""
     return KnownDelay
+
+
+def _run_when_due() -> None:
+    """Let this thread, once it is due, come before others of longer slices (Linux 6.12 and newer).
+
+    In a session of its own: what others of its session take counts as taken by it (autogroup).
+    """
+    number = SETATTR.get(platform.machine())
+    if sys.platform != "linux" or number is None:
+        return
+    os.setsid()
+    nice = os.getpriority(os.PRIO_PROCESS, 0)
+    attributes = struct.pack("IIQiIQQQ", 48, os.SCHED_OTHER, 0, nice, 0, SLICE_NS, 0, 0)
+    ctypes.CDLL(None).syscall(number, 0, attributes, 0)  # older ones refuse, and are late
 
 
 def selftest(runs: int = RUNS) -> dict[str, float | bool]:
