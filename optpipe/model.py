@@ -18,6 +18,7 @@ from optpipe.checkpoint import Checkpoint
 from optpipe.errors import InputError
 from optpipe.family import Block, describe
 from optpipe.linear import Corrected, Form, Layers, LowRank, decode, dense
+from optpipe.offload import trim
 
 
 def load(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -59,6 +60,7 @@ def empty(config: Any) -> PreTrainedModel:
 def fill(lm: PreTrainedModel, block: str, checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
     """Give one decoder block its weights; returns the block. Lets go of what was read before."""
     checkpoint.let_go()
+    trim()
     forms = checkpoint.forms or {}
     module = lm.get_submodule(block)
     for name in _linears(module, block):
