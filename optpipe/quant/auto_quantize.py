@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from optpipe import model, order
 from optpipe.artifact import Artifact, Stats
@@ -30,6 +30,7 @@ from optpipe.family import HEAD
 from optpipe.linear import PER_CHANNEL, Form, Layers
 from optpipe.quant.grid import GROUP_SIZES, stored
 from optpipe.quant.presets import PRESETS, Rounding, check_preset, imported
+from optpipe.quant.scoring import Scored, check_fits
 from optpipe.stage import Progress, Stage
 
 METHODS = ("gradient", "kl_div")
@@ -38,8 +39,12 @@ FLOAT_BITS = 16.0
 
 @dataclass(frozen=True, kw_only=True)
 class AutoQuantize(Stage):
-    """Every layer of the blocks; the head stays as it is. The search holds the whole model in
-    memory, with method=gradient also its activations; the rounding after it holds one block."""
+    """Every layer of the blocks; the head stays as it is.
+
+    On a CPU the search reads weights from files, block by block; before each format modelopt looks
+    at all of them once, outside of that order, when their pages may fill what memory there is. On a
+    GPU the search holds the whole model. The rounding after it holds one block.
+    """
 
     rewrites: ClassVar[bool] = True
 
@@ -88,6 +93,7 @@ class AutoQuantize(Stage):
     def inputs(self, model: Checkpoint) -> str:
         for name in self.formats:
             check_preset(model, name, runs=True)
+        check_fits(model)
         return self.calib.inputs(model)
 
     def run(self, source: Artifact, out: Path, progress: Progress) -> Stats:
@@ -95,7 +101,7 @@ class AutoQuantize(Stage):
         self.inputs(checkpoint)
         layers, ids_ST = model.layers(checkpoint), self.calib.ids(checkpoint)
         progress(f"auto_quantize by {self.method}", 0, len(checkpoint.decoder.blocks))
-        presets, effective_bits = self.search(checkpoint, ids_ST)
+        presets, effective_bits = self.search(checkpoint, ids_ST, out)
         planned = {
             name: PRESETS[presets[name]].form(name, form, self.group_size)
             if name in presets
@@ -112,13 +118,14 @@ class AutoQuantize(Stage):
             **self.calib.facts(),
         }
 
-    def search(self, checkpoint: Checkpoint, ids_ST: Tensor) -> tuple[dict[str, str], float]:
+    def search(
+        self, checkpoint: Checkpoint, ids_ST: Tensor, folder: Path
+    ) -> tuple[dict[str, str], float]:
         """The preset of every layer that gets one, and the bits a weight that modelopt counts.
 
         Raises InputError if it finds nothing within the budget.
         """
-        lm: nn.Module = model.load(checkpoint)
-        lm.to(fastest())
+        scored = Scored(checkpoint, folder)
         batches = [ids_T[None].to(fastest()) for ids_T in ids_ST]
         head = f"*{checkpoint.decoder.head}*"
         with imported() as mtq, contextlib.redirect_stderr(io.StringIO()):  # many progress bars
@@ -126,15 +133,15 @@ class AutoQuantize(Stage):
 
             configs = [PRESETS[name].settings(mtq, self.group_size) for name in self.formats]
             _, state = mtq.auto_quantize(
-                lm,
+                scored.lm,
                 constraints={
                     "effective_bits": self.effective_bits,
                     "cost": {"excluded_module_name_patterns": [head]},
                 },
                 quantization_formats=configs,
                 data_loader=batches,
-                forward_step=forward if self.method == "gradient" else logits,
-                loss_func=loss if self.method == "gradient" else None,
+                forward_step=scored.logits,
+                forward_backward_step=scored.score,
                 disabled_layers=[head],
                 num_calib_steps=len(batches),
                 num_score_steps=min(self.score_samples, len(batches)),
@@ -160,18 +167,3 @@ class AutoQuantize(Stage):
                 name = self.formats[recipes.index(recipe)]
                 found |= dict.fromkeys(state["candidate_stats"][key]["module_names"], name)
         return found
-
-
-def forward(lm: nn.Module, ids_1T: Tensor) -> Any:
-    """Output with the loss of predicting each token."""
-    return lm(ids_1T, labels=ids_1T, use_cache=False)
-
-
-def loss(output: Any, ids_1T: Tensor) -> Tensor:
-    found: Tensor = output.loss
-    return found
-
-
-def logits(lm: nn.Module, ids_1T: Tensor) -> Tensor:
-    found: Tensor = lm(ids_1T, use_cache=False).logits
-    return found
