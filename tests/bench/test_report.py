@@ -306,7 +306,7 @@ def test_an_arm_that_breaks_costs_itself_only_and_the_run_says_so(tmp_path, monk
     monkeypatch.setattr(run_module, "survey", lambda *_: nothing)  # fakes have no weights to count
     bench = BenchConfig(
         blocks=6, max_blocks=6, warmup=2, warmup_s=0, dtypes=["float32"], threads=1,
-        quality=QualityConfig(windows=1),
+        quality=QualityConfig(windows=1), budget_s=9,  # which leaves no time for third starts
     )  # fmt: skip
     scenarios = {"single": Scenario(prompt_tokens=[8], new_tokens=3)}
     with pytest.raises(StageError, match="'raises' broke in the benchmark"):

@@ -52,7 +52,7 @@ def test_a_run_with_a_server_reports_goodput_and_queue_of_every_arm(sleeping, tm
         for name, plan in PLANS.items()
     ]
     bench = BenchConfig(
-        blocks=6, max_blocks=6, warmup=2, warmup_s=0, dtypes=["float32"], threads=1,
+        blocks=6, max_blocks=6, warmup=2, warmup_s=0, dtypes=["float32"], threads=1, budget_s=9,
         quality=QualityConfig(windows=2, cache=str(tmp_path / "kept")),
         journal=str(tmp_path / "journals"),
     )  # fmt: skip
@@ -108,7 +108,7 @@ def test_a_sweep_over_scenarios_has_one_report_of_all_its_cells(
         "optpipe", "-m", "recipe=baseline", "model=hf", f"model.path={small}",
         "scenario=single,prefill_only", "calib=random", "bench.blocks=6", "bench.max_blocks=6",
         "bench.warmup=2", "bench.warmup_s=0", "bench.threads=1", "bench.dtypes=[float32]",
-        "bench.quality.windows=2", "hydra.sweep.dir=out",
+        "bench.quality.windows=2", "bench.budget_s=9", "hydra.sweep.dir=out",
     ])  # fmt: skip
     assert cli.main() in (cli.OK, cli.BAD_TIMING), "others may disturb it"
     capsys.readouterr()
