@@ -16,7 +16,7 @@ from optpipe.bench.timed.samples import AGAIN, resumed
 
 FACTS = {"artifacts": {"a": "f1"}, "bench": {"blocks": 12, "seed": 0}, "node": "n", "boot": "b1"}
 SCALES = {"baseline": 1.0, AGAIN: 1.0, "copy": 0.9}
-CONFIG = BenchConfig(warmup_s=0.0, budget_s=1e9)
+CONFIG = BenchConfig(warmup=3, warmup_s=0.0, budget_s=1e9)
 
 
 @pytest.fixture(autouse=True)
