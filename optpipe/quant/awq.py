@@ -73,10 +73,11 @@ class Awq(WeightOnly):
 
         def react(lm: PreTrainedModel, block: Block, seen: dict[str, Any]) -> None:
             for fold in folds(decoder, block):
-                grams = [seen[n] for r in fold.readers for n in (r, f"{r}.right") if n in seen]
-                if not grams:
+                names = [n for r in fold.readers for n in (r, f"{r}.right") if n in seen]
+                if not names:
                     continue
-                weights = [input_part(lm, name).weight for name in fold.readers]
+                grams = [seen[name] for name in names]
+                weights = [input_part(lm, name).weight for name in names]
                 exponent, factor_C = self.scale(weights, grams[0], fold)
                 exponents.append(exponent)
                 dtype = checkpoint.floating(f"{fold.writer}.weight") if fold.norm else torch.float32

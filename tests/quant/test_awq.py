@@ -106,8 +106,11 @@ def test_outliers_in_a_trained_like_model_lose_less(run, tiny, tmp_path):
 def test_ranges_are_clipped_for_the_inputs_as_they_are_once_divided(run, tiny):
     """Hooks on the rounded model see what its first block feeds its layers."""
     before = Checkpoint(tiny())
-    made = Checkpoint(run(Awq(group_size=32, bits=3, calib=run.calib), tiny()).path)
-    block, lm, seen = before.decoder.blocks[0], model.load(made), []
+    block, seen = before.decoder.blocks[0], []
+    stage = Awq(group_size=32, bits=3, calib=run.calib, targets=["*.k_proj"])
+    artifact = run(stage, tiny())
+    made = Checkpoint(artifact.path)
+    lm = model.load(made)
     lm.get_submodule(block.qkv[1]).register_forward_pre_hook(lambda _, a: seen.append(a[0]))
     with torch.no_grad():
         lm(run.calib.ids(before))
@@ -117,6 +120,9 @@ def test_ranges_are_clipped_for_the_inputs_as_they_are_once_divided(run, tiny):
     expected = fit_output(scaled, made.forms[block.qkv[1]], gram).scales_RG
     found = model.layer(block.qkv[1], made.forms, made).scales
     assert (found == expected).float().mean() > 0.95  # rounding in ties
+    plain = gram_of(seen[0].flatten(0, 1) * (old / new))
+    weight = before.get(f"{block.qkv[1]}.weight")  # q and v read the same, but are not rounded
+    assert artifact.stats["exponents"][0] == stage.scale([weight], plain, FOLD)[0]
     assert (expected != fit(scaled, made.forms[block.qkv[1]]).scales_RG).float().mean() > 0.5
 
 
