@@ -30,9 +30,16 @@ NO_ANSWER = "no first request was answered in full within bench.iteration_limit_
 Entry = dict[str, Any]
 
 
-def shape(cells: Sequence[Cell]) -> Cell:
-    """What a first request asks for: one row of the cheapest cell."""
-    return min(cells, key=lambda cell: cell.tokens)._replace(batch=1)
+def shape(outcome: Outcome) -> Cell:
+    """What a first request asks for: the cheapest cell, so that no other shape is ever seen.
+
+    Where all cells have a server it is one row, as the first request there is.
+    """
+    scenarios = outcome.measured.scenarios
+    served = {name for name, scenario in scenarios.items() if scenario.serving is not None}
+    plain = [cell for cell in outcome.cells if cell.scenario not in served]
+    one = [cell._replace(batch=1) for cell in outcome.cells]
+    return min(plain or one, key=lambda cell: cell.batch * cell.tokens)
 
 
 def note(outcome: Outcome, residents: Residents) -> dict[str, str]:
@@ -43,9 +50,9 @@ def note(outcome: Outcome, residents: Residents) -> dict[str, str]:
     broken = {}
     for name, worker in [*residents.workers.items()]:
         told = residents.loaded[name]
-        asked, first_s = shape(outcome.cells), None
+        asked, first_s = shape(outcome), None
         try:
-            if not worker.arm.endpoint and told.refuses(1, asked.tokens) is None:
+            if not worker.arm.endpoint and told.refuses(asked.batch, asked.tokens) is None:
                 first_s = _first_s(worker, asked, told.vocab, outcome)
         except (StageError, TimeoutError) as error:
             worker.kill()
@@ -71,11 +78,14 @@ def again(outcome: Outcome, reside: Reside, progress: Progress) -> None:
 
 
 def entry(starts: Sequence[Start], asked: Cell, why: str) -> Entry:
-    """Medians over all starts of an arm, and each of them; ``why`` there are none, if so."""
+    """Medians over all starts of an arm, and each of them; ``why`` there are none, if so.
+
+    Of imports the least: those of arms that are loaded together were at work at once.
+    """
     firsts = [start.first_s for start in starts if start.first_s is not None]
     found: Entry = {
         "starts": len(starts),
-        "import_s": median([start.import_s for start in starts]) if starts else None,
+        "import_s": min((start.import_s for start in starts), default=None),
         "load_s": median([start.load_s for start in starts]) if starts else None,
         "first_request_s": median(firsts) if firsts else None,
     }
@@ -83,7 +93,7 @@ def entry(starts: Sequence[Start], asked: Cell, why: str) -> Entry:
         **found,
         "each_load_s": [start.load_s for start in starts],
         "each_first_request_s": firsts,
-        "request": {"prompt_tokens": asked.prompt_tokens, "new_tokens": asked.new_tokens},
+        "request": asked._asdict(),
         "reasons": {key: why or NO_ANSWER for key, value in found.items() if value is None},
     }
 

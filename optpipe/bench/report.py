@@ -105,7 +105,7 @@ def _told(arm: Arm, outcome: Outcome) -> Entry:
     """What its making, its files and its loading told, with the reason of every null."""
     loaded, starts = outcome.loaded.get(arm.name), outcome.starts.get(arm.name, [])
     why = outcome.absent(arm.name) or "its files were not read"
-    started = cold.entry(starts, cold.shape(outcome.cells), "" if starts else why)
+    started = cold.entry(starts, cold.shape(outcome), "" if starts else why)
     held = capacity.entry(loaded, outcome.free_bytes, "" if loaded else why)
     names = ("weight_bytes", "dtype", "device", "decoding")
     told: Entry = {

@@ -9,7 +9,7 @@ from optpipe.bench import cold
 from optpipe.bench.outcome import Outcome, Start
 from optpipe.bench.policy import BenchConfig
 from optpipe.bench.resident import Residents
-from optpipe.bench.scenario import Cell
+from optpipe.bench.scenario import Cell, Scenario, Serving
 from optpipe.bench.timed.samples import AGAIN
 
 CELLS = [Cell("batch", 8, 8, 4), Cell("long", 1, 40, 4)]
@@ -31,12 +31,20 @@ def residents(*workers):
     return Residents(workers=named, loaded={name: w.loaded for name, w in named.items()})
 
 
-def test_the_first_request_is_one_row_of_the_cheapest_cell(outcome, local):
+def test_the_first_request_is_the_cheapest_cell_or_one_row_of_a_server(outcome):
+    """A batch of 8 x 12 tokens costs more than 1 x 44."""
+    given = outcome("baseline")
+    assert cold.shape(given) == CELLS[1]
+    given.measured.scenarios = {name: Scenario(serving=Serving()) for name in ("batch", "long")}
+    assert cold.shape(given) == CELLS[0]._replace(batch=1)
+
+
+def test_a_first_request_is_timed(outcome, local):
     given, worker = outcome("baseline"), local("baseline", prefill_s=0.02, decode_s=0.005)
     assert cold.note(given, residents(worker)) == {}
     ((start,),) = given.starts.values()
     assert start.load_s == 1.5 and 0.035 <= start.first_s < 0.2, "prefill and three steps"
-    assert worker.asked[0].ids_BS.shape == (1, 8) and worker.asked[0].new_tokens == 4
+    assert worker.asked[0].ids_BS.shape == (1, 40) and worker.asked[0].new_tokens == 4
     cold.note(given, residents(local(AGAIN)))
     assert [*given.starts] == ["baseline"] and len(given.starts["baseline"]) == 2
 
@@ -80,11 +88,11 @@ def test_third_starts_are_made_while_they_fit_in_their_time(outcome, local, monk
 
 def test_a_report_has_medians_and_every_start():
     starts = [Start(3.0, 2.0, 0.5), Start(1.0, 1.0, None), Start(2.0, 4.0, 0.25)]
-    found = cold.entry(starts, cold.shape(CELLS), "")
-    assert (found["starts"], found["import_s"], found["load_s"]) == (3, 2.0, 2.0)
+    found = cold.entry(starts, CELLS[0], "")
+    assert (found["starts"], found["import_s"], found["load_s"]) == (3, 1.0, 2.0)
     assert found["first_request_s"] == 0.375 and found["each_first_request_s"] == [0.5, 0.25]
-    assert found["request"] == {"prompt_tokens": 8, "new_tokens": 4} and found["reasons"] == {}
-    unasked = cold.entry(starts[1:2], cold.shape(CELLS), "")
+    assert found["request"] == CELLS[0]._asdict() and found["reasons"] == {}
+    unasked = cold.entry(starts[1:2], CELLS[0], "")
     assert unasked["reasons"] == {"first_request_s": cold.NO_ANSWER}
-    empty = cold.entry([], cold.shape(CELLS), "too large")
+    empty = cold.entry([], CELLS[0], "too large")
     assert empty["starts"] == 0 and {*empty["reasons"].values()} == {"too large"}

@@ -92,7 +92,7 @@ def test_rates_and_gaps_are_in_the_text(report):
 def test_starts_and_room_are_in_the_text_and_on_the_page(report):
     one = report["artifacts"][1]
     cell = one["cells"][0]
-    asked = {key: cell[key] for key in ("prompt_tokens", "new_tokens")}
+    asked = {key: cell[key] for key in ("scenario", "batch", "prompt_tokens", "new_tokens")}
     one |= {
         "made_s": 12.5, "host_bytes": 432_100_000, "device_bytes": None,
         "reasons": {"device_bytes": "it runs on the CPU"},

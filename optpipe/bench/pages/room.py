@@ -12,15 +12,16 @@ START = ("artifact", "made s", "import s", "load s", "first request s", "starts"
 MEMORY = ("artifact", "MB on disk", "MB of weights", "MB of the process", "MB of the GPU",
           "KV bytes/token", "KV tokens that fit", "rows at once")  # fmt: skip
 READ = (
-    "Made: the time of its stage alone, once. A start is a new process: importing the runtime, "
-    "loading, and a first request, of one row of the cheapest cell; medians over the starts, whose "
-    "files may lie in the page cache. None of it is in any warm number."
+    "Made: the time of its stage alone, once. A start is a new process: importing the runtime (the "
+    "least, since arms that stay loaded together import at once), loading, and a first request, "
+    "that of the cheapest cell (medians). Files may lie in the page cache. None of it is in any "
+    "warm number."
 )
 ROOM = (
     "Of the process: resident once it is loaded; of the GPU: what its driver says loading took. A "
     "token of one row takes so many bytes in the KV cache, all layers together; what fits is by "
     "itself, in 90 % of the memory that was free at first less what it takes loaded, or in what an "
-    "engine reserves. Rows at once: of the longest cell, ceasing where the runtime has a limit."
+    "engine reserves. Rows at once: of the longest cell, no more than the runtime takes."
 )
 Report = Mapping[str, Any]
 
@@ -49,9 +50,10 @@ def _start(cold: Report, artifact: Report) -> Iterator[str]:
 
 
 def _warm(cold: Report, artifact: Report) -> float | None:
-    """The same request in the timed blocks, if there is a cell of one such row."""
-    asked = {"batch": 1, **cold.get("request", {})}
-    alike = (c["e2e_s"] for c in artifact["cells"] if asked.items() <= c.items())
+    """The same request in the timed blocks, if it is a cell of its own."""
+    asked = cold.get("request")
+    alike = (c["e2e_s"] for c in artifact["cells"] if asked and "arrivals" not in c
+             and all(c[name] == asked[name] for name in asked))  # fmt: skip
     found: float | None = next(alike, None)
     return found
 
