@@ -152,3 +152,14 @@ def test_a_run_that_was_killed_and_went_on_says_so_first():
     for page in (tables.markdown(found), html.page(found, ())):
         assert 0 < page.index("killed after 17 blocks of all cells and went on 41 s later") < (
             page.index("prefill" if page[0] == "<" else "## single"))  # fmt: skip
+
+
+def test_facts_of_many_layers_and_blocks_are_told_by_their_range():
+    found = reports.report()
+    layers = {f"layers.{i}": i for i in range(200)}
+    found["artifacts"][1]["stats"] = {
+        "layer_bits": layers, "layer_formats": dict.fromkeys(layers, "fp8"),
+        "block_error": [i / 7 for i in range(32)], "kept_blocks": [0, 1, 2, 3, 5], "seed": 0,
+    }  # fmt: skip
+    told = "layer_bits 0 to 199 in 200 layers, layer_formats 200 layers, block_error 0 to 4.429 in "
+    assert f"| {told}32 values, kept_blocks [0, 1, 2, 3, 5], seed 0 |" in tables.markdown(found)

@@ -21,6 +21,8 @@ ON_SCREEN = (0, 1, 2, 4, 5, 6, 9, 11)
 """Columns of SPEED that fit in 100 characters."""
 TITLES = {"ttft_s": "TTFT", "tpot_s": "TPOT", "tokens_per_s": "tok/s", "peak_bytes": "memory"}
 PLAIN_WIDTH = 100
+FEW = 4
+"""Facts for so many layers or blocks are told one by one."""
 SIZES = ("artifact", "MB on disk", "MB in memory", "claimed", "found in the files")
 NOT_INCLUDED = (
     "Time: tokenizing, detokenizing, sampling other than arg-max, loading and the network. "
@@ -187,17 +189,24 @@ def _size_rows(report: Mapping[str, Any]) -> list[Row]:
 
 
 def _facts(stats: Mapping[str, Any]) -> str:
-    """Stats in one cell of a table; a value for every layer becomes its range."""
+    """Stats in one cell of a table; a value for every layer or block becomes their range."""
     return ", ".join(f"{key} {_fact(value)}" for key, value in stats.items() if value != {}) or NONE
 
 
 def _fact(value: Any) -> str:
     if isinstance(value, Mapping):
-        numbers = [v for v in value.values() if isinstance(v, int | float)]
-        if len(set(value)) > 4 and len(numbers) == len(value):
-            return f"{min(numbers):g} to {max(numbers):g} ({len(numbers)} layers)"
+        if len(value) > FEW:
+            return f"{_range([*value.values()])}{len(value)} layers"
         return "; ".join(f"{key} {_fact(inner)}" for key, inner in value.items())
+    if isinstance(value, list) and len(value) > FEW and not all(isinstance(v, int) for v in value):
+        return f"{_range(value)}{len(value)} values"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _range(values: list[Any]) -> str:
+    """Of numbers; nothing of words."""
+    numbers = all(isinstance(value, int | float) for value in values)
+    return f"{min(values):.4g} to {max(values):.4g} in " if numbers else ""
 
 
 def _quality_line(about: Mapping[str, Any]) -> str:
