@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # spawned workers inherit it and
 
 import fakes
 
+from optpipe.bench.timed import blocks, timing
 from optpipe.bench.worker import Arm, Loaded
 from optpipe.errors import StageError
 
@@ -78,6 +79,19 @@ def arm(tmp_path):
         return Arm(name=name, artifact=artifact, dtype="float32", threads=1, find=fakes.find)
 
     return make
+
+
+@pytest.fixture
+def pair(arm):
+    """The least that a benchmark compares."""
+    return [arm("baseline"), arm("copy")]
+
+
+@pytest.fixture
+def no_pause(monkeypatch):
+    """Turns of one iteration each, with nothing between them."""
+    monkeypatch.setattr(blocks.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(timing, "TURN_S", 0.0)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from simulated import CELLS, MS, Machine, SimWorker, built, session, speedups
 
-from optpipe.bench.timed import blocks, clock, samples, timing
+from optpipe.bench.timed import clock, samples
 from optpipe.bench.timed.checks import failures, unstable
 from optpipe.bench.timed.measure import BenchConfig
 from optpipe.bench.timed.samples import AGAIN, Sample
@@ -15,10 +15,7 @@ from optpipe.bench.timed.series import collect
 CONFIG = BenchConfig(blocks=16, max_blocks=16, warmup_s=0.0, budget_s=1e9)
 
 
-@pytest.fixture(autouse=True)
-def no_pause(monkeypatch):
-    monkeypatch.setattr(blocks.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(timing, "TURN_S", 0.0)
+pytestmark = pytest.mark.usefixtures("no_pause")
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from simulated import CELLS, SCENARIOS, Machine, SimWorker, built, session, spee
 from test_raw import PLAIN, SERVED
 
 from optpipe.bench.outcome import Outcome
-from optpipe.bench.timed import blocks, timing
 from optpipe.bench.timed.journal import Entry, Journal, opened
 from optpipe.bench.timed.measure import BenchConfig, Measured
 from optpipe.bench.timed.samples import AGAIN, resumed
@@ -19,15 +18,7 @@ SCALES = {"baseline": 1.0, AGAIN: 1.0, "copy": 0.9}
 CONFIG = BenchConfig(warmup=3, warmup_s=0.0, budget_s=1e9)
 
 
-@pytest.fixture(autouse=True)
-def no_pause(monkeypatch):
-    monkeypatch.setattr(blocks.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(timing, "TURN_S", 0.0)
-
-
-@pytest.fixture
-def pair(arm):
-    return [arm("baseline"), arm("copy")]
+pytestmark = pytest.mark.usefixtures("no_pause")
 
 
 def workers(machine, scales=SCALES, killed_at=None):

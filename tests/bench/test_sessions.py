@@ -10,21 +10,11 @@ from scipy.stats import ttest_ind
 from simulated import CELLS, Machine, SimWorker, built, session, speedups
 
 from optpipe.bench.evidence.statistics import hodges_lehmann, log_ratios
-from optpipe.bench.timed import blocks, timing
 from optpipe.bench.timed.measure import BenchConfig
 from optpipe.bench.timed.samples import AGAIN
 from optpipe.bench.timed.series import collect, pairs
 
-
-@pytest.fixture(autouse=True)
-def no_pause(monkeypatch):
-    monkeypatch.setattr(blocks.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(timing, "TURN_S", 0.0)
-
-
-@pytest.fixture
-def pair(arm):
-    return [arm("baseline"), arm("copy")]
+pytestmark = pytest.mark.usefixtures("no_pause")
 
 
 def three(machine, **given):
