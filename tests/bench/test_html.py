@@ -129,6 +129,7 @@ def test_what_was_predicted_stands_beside_what_came_true(whole):
     assert ["1 baseline", "decode", bounds.ALL, "7 + build"] in [r[:4] for r in Page(text).rows]
 
 
+@pytest.mark.trust  # T13
 def test_what_is_missing_is_a_dash_with_its_reason_and_never_0(tmp_path):
     found = reports.report(cells=1)
     lost = found["artifacts"][3]
