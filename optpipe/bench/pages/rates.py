@@ -7,9 +7,8 @@ from typing import Any
 
 from optpipe.bench.pages.view import names, number, where
 
-HEADER = ("artifact", "tokens/s a user", "with TTFT", "full batch tokens/s", "all tokens/s",
-          "prompt tokens/s", "requests/s", "gap p50 ms", "p95 ms", "p99 ms",
-          "longest ms")  # fmt: skip
+HEADER = ("artifact", "tok/s: a user", "with TTFT", "full batch", "all", "prompt", "requests/s",
+          "gap ms: p50", "p95", "p99", "longest")  # fmt: skip
 READ = (
     "A user's rate is 1 / TPOT, with TTFT the tokens of an answer by its end-to-end time. Full "
     "batch: output tokens while every row decodes, from the last first token to the first end; of "

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from optpipe.bench.pages.view import interval, names, number
+from optpipe.bench.pages.view import DASH, interval, names, number
 from optpipe.bench.serving.request import LIMITS
 
-HEADER = ("artifact", "good/s", "x [95 %]", "good", "kept TTFT / TPOT / E2E", "TTFT ms", "p95 ms",
-          "queue ms", "TPOT ms", "longest gap ms", "served/s", "failed")  # fmt: skip
+HEADER = ("artifact", "good/s", "x [95 %]", "good", "kept, %", "TTFT ms", "p95 ms",
+          "queue ms", "TPOT ms", "served/s", "failed")  # fmt: skip
 READ = (
     "A request is good if it was answered in full and kept every limit, TTFT counted from its "
     "scheduled arrival; one that failed is not good, and later than any other. good/s and served/s "
-    "are requests a second, failed those of a block; medians over blocks. Kept: the share of all "
-    "requests within each limit. An arm takes one device at most, so that all of this is also per "
-    "GPU. x is the ratio of all "
-    "good requests a second, its interval a bootstrap of blocks and requests that needs 30 blocks. "
+    "are requests a second, failed those of a block; medians over blocks. Kept: how many of all "
+    "requests were within the limit on TTFT / TPOT / E2E. An arm takes one device at most, so that "
+    "this is also per GPU. x is the ratio of all good requests a second, its interval a bootstrap "
+    "of blocks and requests that needs 30 blocks. "
     "Nothing of it has a verdict: none of these metrics is among those chosen beforehand."
 )
 Report = Mapping[str, Any]
@@ -61,13 +61,13 @@ def _row(cell: Report) -> list[str]:
         number(scheduled["p95"], 1e3),
         number(cell["queue_s"], 1e3),
         number(cell["tpot_s"], 1e3),
-        number(cell.get("icl_max_s"), 1e3),
         number(cell.get("requests_per_s")),
         number(cell.get("failed")),
     ]
 
 
 def _kept(told: Report) -> str:
-    """Per cent of the requests, for each limit; a dash where there is none."""
+    """Per cent of all requests, for each limit; a dash where there is none."""
     shares = ((told.get(name) or {"share": None})["share"] for name in LIMITS)
-    return f"{' / '.join(number(share, 100, '{:.1f}') for share in shares)} %"
+    shown = [number(share, 100, "{:.3g}") for share in shares]
+    return " / ".join(shown) if {*shown} - {DASH} else DASH
