@@ -79,6 +79,8 @@ def test_a_dense_model_in_torch_moves_its_weights_once_and_its_cache_three_times
     assert on_gpu.traffic["kv"].bytes == 4 * KAPPA * (10 + 1), "rings: written once, read once"
     prompt = torch_model(plain(tiny()), "bfloat16").step(4, 20, 0)
     assert prompt.traffic["kv"].bytes == 4 * 20 * KAPPA / 2
+    rows = 4 * 20 * HIDDEN  # of the embedding, one a token
+    assert prompt.traffic["weights"].bytes == weights / 2 + 2 * rows
     widths = LAYERS * sum(rows + cols for rows, cols in BLOCK)
     assert prompt.traffic["activations"].bytes == 2 * 4 * (20 * widths + VOCAB + HIDDEN)
 
@@ -189,6 +191,47 @@ def test_w4_g128_gqa_mqa_and_a_window_by_hand():
     assert prompt.attention_flops == 8 * 4 * 32 * 128 * 1000 * 1001 / 2
     linear = 2 * 8 * (1000 * 4096 * 4096 + 32000 * 4096)  # the head at the last position only
     assert prompt.all_flops == linear + prompt.attention_flops
+
+
+def test_a_cache_that_is_not_in_place_moves_more_than_it_has_to():
+    """8 rows at 1000 tokens, kappa 4096: read whole it is 8192 tokens, masked after 1001."""
+    least = 8 * 4096 * (1001 + 1)
+    whole = big(cache="whole").step(8, 1, 1000)
+    assert whole.traffic["kv"].bytes == 8 * 4096 * (8192 + 1) and whole.kv_in_place == least
+    assert whole.attention_flops == 8 * 4 * 32 * 128 * 8192
+    anew = big(cache="concatenated").step(8, 1, 1000)
+    assert anew.traffic["kv"].bytes == 8 * 4096 * (1001 + 1 + 2 * 1000) > anew.kv_in_place == least
+    assert big(cache="whole").step(8, 1000, 0).kv_in_place == 8 * 4096 * 1000
+
+
+def test_what_comes_from_one_memory_by_hand():
+    """Weights and cache share it; activations keep to the widest product, scratch to two thirds of
+    six passes over the largest temporary."""
+    streamed = 8_388_608 + 262_144 + 262_144_000
+    step = big().step(8, 1, 1000).traffic
+    assert step["weights"].working_set == step["kv"].working_set == streamed + 8 * 4096 * 1001
+    whole = big(cache="whole").step(8, 1, 1000).traffic
+    assert whole["kv"].working_set == streamed + 8 * 4096 * 8192
+    assert step["activations"].working_set == 2 * 8 * (32000 + 4096)
+    codes = tuple(replace(product, scratch=6e6) for product in big().products)
+    scratch = big(products=codes).step(8, 1, 1000).traffic["scratch"]
+    assert (scratch.bytes, scratch.working_set) == (12e6, 2e6)
+
+
+def test_learned_positions_are_a_second_table_and_windows_those_of_the_layers(tiny):
+    assert torch_model(plain(tiny("gpt2")), "float32").tables == 2
+    assert torch_model(plain(tiny()), "float32").tables == 1
+    gemma = torch_model(plain(tiny("gemma3_text")), "float32")
+    assert {*gemma.windows} == {16, None}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_is_read_once_whether_it_is_the_embedding_or_not(tiny, run, tied):
+    source = plain(tiny(tie_word_embeddings=tied))
+    for found in (torch_model(source, "float32"), graph_model(run(Onnx(), source))):
+        assert [p.rows * p.cols for p in found.products if p.head] == [VOCAB * HIDDEN]
+        weights = found.step(1, 1, 9).traffic["weights"].bytes
+        assert weights == 4 * (WEIGHTS + VOCAB * HIDDEN + NORMS + HIDDEN)
 
 
 @pytest.mark.parametrize("window", [None, 1, 7, 16, 40])
