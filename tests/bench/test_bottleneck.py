@@ -265,6 +265,21 @@ def test_a_runner_that_only_sleeps_is_bound_by_the_host(report):
     assert found["class"] == found["phase"]["decode"]["class"] == "host"
 
 
+def test_a_step_that_waits_for_a_core_is_bound_by_nothing_that_a_remedy_could_lift(report):
+    """On a crowded machine: its profile finds no host, and still not one core was busy."""
+    cell = report["artifacts"][0]["cells"][0]
+    for key in ("prefill_s", "tpot_s", "e2e_s"):
+        cell[key] *= 14
+    cell["cpu_s"] = 0.16 * cell["e2e_s"]
+    idle = {("baseline", CELLS[0]): {"prefill": 0.0, "decode": 0.0}}
+    decode = attached(report, idle)[0]["phase"]["decode"]
+    assert decode["class"] is None and decode["remedies"] == []
+    assert decode["reasons"]["class"] == bottleneck.CROWDED
+    check_nulls(decode)
+    cell["cpu_s"] = cell["e2e_s"]
+    assert attached(report, idle)[0]["phase"]["decode"]["class"] == "kernel"
+
+
 def test_a_step_faster_than_physics_has_no_class_and_makes_the_run_invalid(report):
     """T8d."""
     report["artifacts"][0]["cells"][0]["tpot_s"] *= ETA / 1.06

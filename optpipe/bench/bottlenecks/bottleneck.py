@@ -44,6 +44,7 @@ NUMBERS = ("seconds", "floor_s", "host_share", "bytes", "flops", "mbu", "mfu", "
 ITSELF = "the baseline itself, or one that was not counted"
 NO_COST = "the bytes and FLOPs of this cell were not counted"
 NO_HOST = "only the wall time is known: the host's share of it is not"
+CROWDED = "no thread of it ran in much of the time, and its host needs less: it waited for a core"
 SERVED = "requests of a server differ in length and batch, so that no step is like another"
 
 
@@ -117,6 +118,8 @@ class _Book:
         votes, reasons = self._votes(phase, artifact, cell, step)
         host = self._host(phase, artifact, cell)
         kind, no_class = roofline.classify(step.use, votes, cost, host)
+        if host is not None and _idle(artifact, cell) > host + roofline.HOST_SHARE:
+            kind, no_class = None, CROWDED
         reasons |= {"class": no_class} if kind is None else {}
         reasons |= {"host_share": NO_HOST} if host is None else {}
         promise = self._promised(phase, artifact, cell)
@@ -196,9 +199,9 @@ class _Book:
         Without a profile, on a CPU: where less than one core was busy on average, nobody computed.
         """
         known = self._known_host(phase, artifact, cell)
-        if known is not None or artifact["device"] != "cpu" or not cell["cpu_s"]:
+        if known is not None:
             return known
-        idle: float = 1 - cell["cpu_s"] / cell["e2e_s"]
+        idle = _idle(artifact, cell)
         return idle if idle > roofline.HOST_SHARE else None
 
     def _votes(
@@ -236,3 +239,11 @@ class _Book:
             for cost, device in ((before, base["device"]), (own, artifact["device"]))
         ]
         return promised(before.bytes / own.bytes, floors[0] / floors[1], cell, phase)
+
+
+def _idle(artifact: Entry, cell: Entry) -> float:
+    """Share of the time in which not even one core was busy; 0 on a GPU, or where it is unknown."""
+    if artifact["device"] != "cpu" or not cell["cpu_s"]:
+        return 0.0
+    idle: float = max(1 - cell["cpu_s"] / cell["e2e_s"], 0.0)
+    return idle
