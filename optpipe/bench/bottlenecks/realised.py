@@ -16,9 +16,11 @@ TIMES = {"prefill": "prefill_s", "decode": "tpot_s"}
 """Phase -> the metric of a cell that times one step of it."""
 ENGINES = {"ort", "tensorrt"}
 """Formats of artifacts that were built for one runtime."""
+ENGINE = "engine"
 MARKED = {"prune", "lowrank", "quant", "export", "build"}
 """Stages whose figures or format say what they did; others did what they are called."""
 NO_ARTIFACT = "no later artifact of this run is this one with this remedy alone"
+NOT_BYTES = "an engine is not about what is moved and multiplied"
 NO_RATIO = "no paired ratio, or nothing was promised"
 
 
@@ -105,11 +107,12 @@ def outcome(remedy: Remedy, twin: Twin | None, bound: Bound, where: Place) -> En
         speedup = after / before if after and before else None
         found |= {
             "artifact": twin.artifact["name"],
-            "executed_speedup": bound.faster(twin.cost),
+            "executed_speedup": None if remedy.does == ENGINE else bound.faster(twin.cost),
             "speedup": speedup,
             "realised": realised(speedup, remedy.predicted),
         }
         found["reasons"] |= dict.fromkeys(("speedup", "realised"), NO_RATIO)
+        found["reasons"]["executed_speedup"] = NOT_BYTES
     found["reasons"] = {k: why for k, why in found["reasons"].items() if found[k] is None}
     return found
 
@@ -131,7 +134,7 @@ def _done(where: Place, later: Entry) -> dict[str, float | None]:
     where its stage says so."""
     own, done = where.artifact, dict[str, float | None]()
     if later["format"] != own["format"]:
-        done["engine" if later["format"] in ENGINES else "runtime"] = None
+        done[ENGINE if later["format"] in ENGINES else "runtime"] = None
     elif later["dtype"] != own["dtype"]:
         done[later["dtype"]] = None
     made = _after(where, own)
