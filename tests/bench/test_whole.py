@@ -13,6 +13,7 @@ import pytest
 import transformers
 
 from optpipe import cli
+from optpipe.bench import cold
 from optpipe.bench import run as run_module
 from optpipe.bench.__main__ import main as bench_main
 from optpipe.bench.bottlenecks.ceilings import Ceilings
@@ -45,8 +46,11 @@ def sleeping(monkeypatch):
     monkeypatch.setattr(run_module, "survey", lambda *_: nothing)  # fakes have no weights to count
 
 
-def test_a_run_with_a_server_reports_goodput_and_queue_of_every_arm(sleeping, tmp_path):
+def test_a_run_with_a_server_reports_goodput_and_queue_of_every_arm(
+    sleeping, tmp_path, monkeypatch
+):
     """Processes, a queue and real clocks."""
+    monkeypatch.setattr(cold, "SHARE", 100.0)  # time for a third start however busy the machine
     made = [
         fakes.fake_artifact(tmp_path / name, *([name] if name != "baseline" else []), **plan)
         for name, plan in PLANS.items()
@@ -68,7 +72,12 @@ def test_a_run_with_a_server_reports_goodput_and_queue_of_every_arm(sleeping, tm
     found = json.loads((out / "report.json").read_text())
     schema.check(found)
     for artifact in found["artifacts"]:
-        cell = artifact["cells"][1]
+        starts, cell = artifact["cold"], artifact["cells"][1]
+        assert starts["starts"] == 3 and len(starts["each_first_request_s"]) == 3
+        assert starts["request"]["scenario"] == "single" and starts["first_request_s"] > 0.001
+        kept = cell["slo_kept"]
+        assert kept["requests"] == 6 * cell["blocks"] and kept["tpot_s"] is None
+        assert kept["ttft_s"]["share"] == kept["good"]["share"] == 1 > kept["good"]["at_least"]
         assert cell["scenario"] == "server" and cell["rate_per_s"] == 40.0
         assert 0 < cell["blocks"] <= 6, "others may disturb some"
         assert cell["good_share"] == 1.0 and cell["failed"] == 0 and cell["goodput_per_s"] > 10
