@@ -21,9 +21,9 @@ from optpipe.artifact import Artifact
 from optpipe.calibrate import Observation
 from optpipe.checkpoint import Checkpoint, Writer
 from optpipe.device import fastest
-from optpipe.family import HEAD, Block, Decoder
+from optpipe.family import HEAD, Block, Decoder, joined
 from optpipe.flow import Flow, advance, observe, observe_head, start
-from optpipe.linear import Form, Layers, LowRank, Quantized, encode, mask_of
+from optpipe.linear import PER_TENSOR, Form, Layers, LowRank, Quantized, encode, mask_of
 from optpipe.stage import Progress
 
 Change = Callable[[str, nn.Module, Any], nn.Module]
@@ -74,6 +74,7 @@ def rewrite(
         seen = observe(lm, block, index, flow, observation) if flow and observation else {}
         if observation and observation.react:
             observation.react(lm, block, seen)
+        share_ranges(lm, block, planned)
         for name, layer in list(model.block_linears(lm, block)):
             progress(name, done, total)
             if (changed := change(name, layer, seen.pop(name, None))) is not layer:
@@ -137,6 +138,31 @@ def write_ends(
     elsewhere = (f"{decoder.head}.", *(f"{block.name}." for block in decoder.blocks))
     rest = [name for name, _ in lm.named_parameters() if not name.startswith(elsewhere)]
     writer.add("rest", {name: current(lm, checkpoint, name) for name in rest})
+
+
+def one_scale(form: Form) -> bool:
+    """Whether a scale spans all of a layer: its only one, or that others are relative to."""
+    return form.number == "nvfp4" or (form.bits is not None and form.group_size == PER_TENSOR)
+
+
+def share_ranges(lm: PreTrainedModel, block: Block, planned: Layers) -> None:
+    """Let a scale that spans a layer span those that runtimes multiply with it as one.
+
+    They take one such scale for all of them, so that codes by another would be rounded again.
+    """
+    for names in joined(n for n in block.linears if n in planned and one_scale(planned[n])):
+        layers = [lm.get_submodule(name) for name in names]
+        dense = [layer for layer in layers if isinstance(layer, nn.Linear)]
+        largest = [layer.weight.abs().amax() for layer in dense]
+        for layer in dense:
+            layer.largest = torch.stack(largest).amax()
+
+
+def largest_of(layer: nn.Module) -> Tensor | None:
+    """What a scale for the whole layer spans, if that is more than its own weights."""
+    largest = getattr(layer, "largest", None)
+    assert largest is None or isinstance(largest, Tensor)
+    return largest
 
 
 def block_tensors(

@@ -7,7 +7,7 @@ The exporters walk that description; they never test a model type themselves.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,8 @@ from optpipe.errors import InputError
 
 HEAD = "lm_head"
 """Name of the output projection in every family so far."""
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers that read the same inputs, by the last part of their names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +84,17 @@ class Decoder:
     """Scores become cap * tanh(scores / cap); 0: off (Gemma-2)."""
     logit_softcap: float = 0.0
     embed_scale: float = 1.0
+
+
+def joined(layers: Iterable[str]) -> list[tuple[str, ...]]:
+    """Of these layers, those that read the same inputs: runtimes multiply them as one."""
+    found: dict[tuple[str, int], list[str]] = {}
+    for name in layers:
+        owner, _, own = name.rpartition(".")
+        for index, parts in enumerate(FUSED):
+            if own in parts:
+                found.setdefault((owner, index), []).append(name)
+    return [tuple(names) for names in found.values() if len(names) > 1]
 
 
 def describe(config: Any) -> Decoder:

@@ -9,7 +9,7 @@ import transformers
 from optpipe import model
 from optpipe.checkpoint import Checkpoint
 from optpipe.errors import InputError
-from optpipe.family import FAMILIES, describe
+from optpipe.family import FAMILIES, describe, joined
 
 
 def test_logits_equal_those_of_from_pretrained(family, tiny):
@@ -27,6 +27,13 @@ def test_every_linear_layer_is_listed(family, tiny):
     forms = model.layers(checkpoint)
     assert forms.keys() == linears.keys()
     assert all((f.rows, f.cols) == tuple(linears[n].weight.shape) for n, f in forms.items())
+
+
+def test_layers_that_read_the_same_inputs_are_joined(family, tiny):
+    for block in Checkpoint(tiny(family)).decoder.blocks:
+        several = [names for names in (block.qkv, block.mlp_in) if len(names) > 1]
+        assert joined(block.linears) == several
+        assert joined(f"{name}.right" for name in block.linears) == []
 
 
 def test_every_supported_family_has_a_tiny_model(families):

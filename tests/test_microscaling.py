@@ -131,8 +131,9 @@ def test_a_layer_comes_back_multiplies_as_its_formula_says_and_takes_its_bits(nu
 @given(seed=st.integers(0, 20), size=SIZES, number=st.sampled_from([*BLOCK]))
 def test_inputs_are_rounded_as_a_weight_with_the_same_global_scale(seed, size, number):
     x = random(seed, size)
-    whole = microscaling.global_scale(2 * x.abs().amax()) if number == "nvfp4" else None
-    grid = fit(x, form(number), whole)
+    largest = 2 * x.abs().amax()
+    whole = microscaling.global_scale(largest) if number == "nvfp4" else None
+    grid = fit(x, form(number), largest)
     expected = grid.decode(grid.encode(x))
     assert torch.equal(round_inputs(x, f"{number}_block", whole), expected)
     half = round_inputs(x.half(), f"{number}_block", whole)

@@ -7,7 +7,7 @@ store a layer. Shapes: R outputs, C inputs.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from optpipe import model
+from optpipe.blockwise import one_scale
 from optpipe.checkpoint import Checkpoint, Writer
 from optpipe.errors import InputError
+from optpipe.family import joined
 from optpipe.linear import Form, Layers, Quantized
-from optpipe.microscaling import LEAST_FP8, to_fp8
 from optpipe.stage import Progress
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Layers that these runtimes multiply as one, so that their forms must be the same."""
 OLD_TOKENIZER = "PreTrainedTokenizerFast"
 
 Encode = Callable[[str, Quantized], dict[str, Tensor]]
@@ -66,20 +65,13 @@ def check_layers(
             _ = None if form.bits is None else scheme(form)
         except ValueError as error:
             raise ValueError(f"layer '{name}': {error}") from error
-    for name in layers:
-        for other in _fused_with(name):
-            if other in layers and _kind(layers[other]) != _kind(layers[name]):
+    for name, *others in joined(layers):
+        for other in others:
+            if _kind(layers[other]) != _kind(layers[name]):
                 raise ValueError(
                     f"{runtime} multiplies '{name}' and '{other}' as one layer, but they are "
                     "stored in different forms; give them the same"
                 )
-
-
-def _fused_with(name: str) -> Iterator[str]:
-    owner, _, own = name.rpartition(".")
-    for parts in FUSED:
-        if own == parts[0]:
-            yield from (f"{owner}.{part}" for part in parts[1:])
 
 
 def _kind(form: Form) -> tuple[object, ...]:
@@ -108,37 +100,26 @@ def check_cache(number: str | None, runtime: str) -> None:
         raise InputError(f"{runtime} has a KV cache in fp8, none in {number}; set cache.number=fp8")
 
 
-def global_scales(checkpoint: Checkpoint, layers: Layers) -> dict[str, Tensor]:
-    """One for every nvfp4 layer: the largest of those that a runtime multiplies as one.
+def check_scales(checkpoint: Checkpoint, layers: Layers) -> None:
+    """Raise InputError if layers that runtimes multiply as one have different scales of a layer.
 
-    vLLM takes one of theirs for all, as if they were the same.
+    One stage that rounds all of them gives them the same.
     """
-    found: dict[str, Tensor] = {}
-    for name, form in layers.items():
-        if form.number == "nvfp4":
-            scale = checkpoint.get(f"{name}.global_scale")
-            assert scale is not None
-            found[name] = scale
-    return shared(found)
+    spanned = [name for name, form in layers.items() if one_scale(form)]
+    for name, *others in joined(spanned):
+        own = _scale_of(checkpoint, name, layers[name])
+        for other in others:
+            if not torch.equal(_scale_of(checkpoint, other, layers[other]), own):
+                raise InputError(
+                    f"'{name}' and '{other}' are multiplied as one layer, with one scale, but have "
+                    "two; quantize them in one stage"
+                )
 
 
-def shared(scales: dict[str, Tensor]) -> dict[str, Tensor]:
-    """By layer, the largest of those that a runtime multiplies as one."""
-    found = dict(scales)
-    for name in scales:
-        joined = [each for each in (name, *_fused_with(name)) if each in found]
-        if len(joined) > 1:
-            largest = torch.stack([found[each] for each in joined]).max()
-            found |= {each: largest.clone() for each in joined}  # files share no memory
-    return found
-
-
-def block_scales(layer: Quantized, whole: Tensor) -> Tensor:
-    """Those of an nvfp4 layer with ``whole`` for its global scale: rounded again if that is new."""
-    assert layer.global_scale is not None
-    if layer.global_scale == whole:
-        return layer.scales
-    return to_fp8((layer.scales.float() * (layer.global_scale / whole)).clamp(min=LEAST_FP8))
+def _scale_of(checkpoint: Checkpoint, name: str, form: Form) -> Tensor:
+    scale = checkpoint.get(f"{name}.{'global_scale' if form.number == 'nvfp4' else 'scales'}")
+    assert scale is not None, name
+    return scale
 
 
 def parameters(checkpoint: Checkpoint) -> list[str]:

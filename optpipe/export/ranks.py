@@ -19,7 +19,6 @@ from optpipe.export import trtllm
 from optpipe.export.unpack import scaled, signed
 from optpipe.family import Decoder, describe
 from optpipe.linear import PER_TENSOR, Layers, Quantized, dense
-from optpipe.microscaling import to_fp8
 
 PADDED = 64
 """With int4 weights the vocabulary is padded to a multiple of this, as by Model-Optimizer."""
@@ -124,22 +123,11 @@ class Shard:
 
 
 def join(own: list[Quantized]) -> Quantized:
-    """Layers of the same inputs, one below the other.
-
-    With one scale a layer they get the largest, and those of others are rounded again, as newer
-    releases and vLLM do when they load them.
-    """
+    """Layers of the same inputs, one below the other; one scale for a layer is common to them."""
     form = replace(own[0].form, rows=sum(layer.form.rows for layer in own))
-    codes = [layer.codes for layer in own]
-    scales = torch.cat([layer.scales for layer in own])
-    if form.group_size == PER_TENSOR:
-        scales = scales.amax().reshape(1, 1)
-        codes = [
-            layer.codes if torch.equal(layer.scales, scales)
-            else to_fp8(layer.dequantize() / scales.float()).view(torch.uint8)
-            for layer in own
-        ]  # fmt: skip
-    joined = Quantized(form, torch.cat(codes), scales)
+    one = form.group_size == PER_TENSOR
+    scales = own[0].scales if one else torch.cat([layer.scales for layer in own])
+    joined = Quantized(form, torch.cat([layer.codes for layer in own]), scales)
     given = [layer.input_scale for layer in own if layer.input_scale is not None]
     joined.input_scale = torch.stack(given).amax() if given else None
     return joined

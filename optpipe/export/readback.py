@@ -17,9 +17,8 @@ from optpipe import model
 from optpipe.artifact import Artifact, Stats
 from optpipe.checkpoint import Checkpoint
 from optpipe.errors import GateError
-from optpipe.export.folder import cache_scales, global_scales, parameters
+from optpipe.export.folder import cache_scales, parameters
 from optpipe.linear import Layers, Quantized, weight_of
-from optpipe.microscaling import LEAST_FP8
 
 READERS = {
     "vllm": "optpipe.export.unpack.read",
@@ -33,9 +32,6 @@ EXACT = 2.0**-22
 """Largest accepted difference of what is not quantized, for formats that store a norm plus one."""
 ULP = 2.0**-22
 """Relative, of a float32 that was inverted twice."""
-AGAIN = 2.0**-4
-"""Largest relative error of what is rounded to fp8 a second time, with one scale for q, k and v:
-weights in fp8, scales of blocks in nvfp4."""
 
 
 def read_back(artifact: Artifact, reference: Artifact) -> Stats:
@@ -45,7 +41,6 @@ def read_back(artifact: Artifact, reference: Artifact) -> Stats:
     source = Checkpoint(reference.path)
     layers = model.layers(source)
     cache = {".".join(place): scale for place, scale in cache_scales(source).items()}
-    wholes = global_scales(source, layers)
     missing = {*parameters(source), *_input_scales(layers), *cache}
     quantized = 0
     for name, stored in reader(artifact.path, layers):
@@ -58,13 +53,9 @@ def read_back(artifact: Artifact, reference: Artifact) -> Stats:
         wanted, exact = _wanted(source, layers, name)
         quantized += exact and torch.equal(stored.float(), wanted)
         wanted = wanted if exact else wanted.to(stored.dtype).float()
-        again = AGAIN if artifact.format == "trtllm_legacy" and _one_fp8_scale(layers, name) else 0
-        layer, _, part = name.rpartition(".")
-        if part == "weight" and layer in wholes:
-            same = _same_blocks(stored, wanted, wholes[layer], source.get(f"{layer}.global_scale"))
-        else:
-            same = _same(stored.float(), wanted, again, 0 if exact else EXACT)
-        if not same:
+        inverted = exact and layers[name.rpartition(".")[0]].number == "nvfp4"
+        relative, absolute = (ULP if inverted else 0.0), (0.0 if exact else EXACT)
+        if not _same(stored.float(), wanted, relative, absolute):
             raise GateError(f"'{name}' of '{artifact.name}' is not that of '{reference.name}'")
     if missing:
         raise GateError(f"'{artifact.name}' lacks '{min(missing)}'")
@@ -91,26 +82,9 @@ def _check_scale(name: str, stored: float, wanted: float) -> None:
         raise GateError(f"'{name}' is {stored:g}, the cache of the model has {wanted:g}")
 
 
-def _one_fp8_scale(layers: Layers, name: str) -> bool:
-    layer, _, part = name.rpartition(".")
-    form = layers.get(layer)
-    return part == "weight" and form is not None and (form.number, form.group_size) == ("fp8", 0)
-
-
 def _same(stored: Tensor, wanted: Tensor, relative: float, absolute: float) -> bool:
     if stored.shape != wanted.shape:
         return False
-    if relative:
-        return bool((stored - wanted).norm() <= relative * wanted.norm())
-    return bool(((stored - wanted).abs() <= absolute).all())
-
-
-def _same_blocks(stored: Tensor, wanted: Tensor, whole: Tensor, own: Tensor | None) -> bool:
-    """Of nvfp4: the same codes, with scales that differ as another global scale rounds them."""
-    if stored.shape != wanted.shape:
-        return False
-    # half a step of e4m3, of its subnormal numbers too; the inverse of an inverse may not be equal
-    relative, absolute = (AGAIN + ULP, 6 * whole * LEAST_FP8 / 2) if own != whole else (ULP, 0.0)
     return bool(((stored - wanted).abs() <= relative * wanted.abs() + absolute).all())
 
 

@@ -16,8 +16,8 @@ scales are those of our layers. Shapes: R outputs, C inputs, G scales a row. A l
     W4A16_NVFP4 the same without input_scale
     KV cache    ATTENTION.k_proj.k_scale ()    ATTENTION.v_proj.v_scale (), for fp8
 
-The loader joins q, k and v (gate and up) and, for FP8, rounds them again if their scales differ;
-in NVFP4 they are given one global scale here, for which scales of blocks are rounded again.
+The loader joins q, k and v (gate and up), which have the scale of a layer, the global scale, in
+common.
 """
 
 from __future__ import annotations
@@ -39,20 +39,18 @@ from optpipe.checkpoint import Checkpoint
 from optpipe.errors import InputError
 from optpipe.export.folder import (
     DTYPES,
-    FUSED,
     KEY,
     VALUE,
     Folder,
-    block_scales,
     check_cache,
     check_dtype,
     check_head,
     check_layers,
-    global_scales,
-    shared,
+    check_scales,
     write_json,
 )
 from optpipe.export.vllm import eight_bit
+from optpipe.family import joined
 from optpipe.linear import (
     LARGEST,
     PER_CHANNEL,
@@ -68,7 +66,6 @@ from optpipe.stage import Progress, Stage
 INT4, INT8, FP8, FP8_TOKEN = "W4A16_AWQ", "W8A16", "FP8", "FP8_PER_CHANNEL_PER_TOKEN"
 INT4_FP8 = "W4A8_AWQ"
 FP4, FP4_WEIGHTS = "NVFP4", "W4A16_NVFP4"
-JOINED = tuple(part for parts in FUSED for part in parts)
 REQUESTS, PROMPT, NEW = 32, 128, 128
 """What bench.sh runs: requests, tokens in, tokens out."""
 SERVE = """\
@@ -126,27 +123,24 @@ class Trtllm(Stage):
         plain = not any(told.values())
         folder = Folder(checkpoint=checkpoint, out=out, dtype=self.dtype, cache=cache_scale)
         settings = None if plain else _quantization_config(layers, told)
-        wholes, second = global_scales(checkpoint, layers), second_scales(checkpoint, layers)
+        check_scales(checkpoint, layers)
+        second = second_scales(checkpoint, layers)
+        inner = {name for names in joined(layers) for name in names}
 
         def tensors(name: str, layer: Quantized) -> dict[str, Tensor]:
-            if name in wholes:
-                return fp4(name, layer, wholes[name])
-            own = {f"{name}.weight_scale_2": second[name]} if name in second else {}
-            return {**self._encode(name, layer), **own}
+            found = encode(name, layer)
+            if name in second:
+                found[f"{name}.weight_scale_2"] = second[name]
+            if layer.form.number == "int" and layer.form.bits == 4 and name not in inner:
+                ones = torch.ones(layer.form.cols, dtype=DTYPES[self.dtype])
+                found[f"{name}.pre_quant_scale"] = ones
+            return found
 
         folder.write(tensors, settings, progress)
         if not plain:
             write_json(out / "hf_quant_config.json", _hf_quant_config(layers, told))
         _write_commands(checkpoint, out)
         return {"dtype": self.dtype, **told}
-
-    def _encode(self, name: str, layer: Quantized) -> dict[str, Tensor]:
-        tensors = encode(name, layer)
-        four = algorithm(layer.form)["quant_algo"] in (INT4, INT4_FP8)
-        if four and not name.endswith(JOINED):
-            ones = torch.ones(layer.form.cols, dtype=DTYPES[self.dtype])
-            tensors[f"{name}.pre_quant_scale"] = ones
-        return tensors
 
 
 def algorithm(form: Form) -> dict[str, Any]:
@@ -236,6 +230,10 @@ def encode(name: str, layer: Quantized) -> dict[str, Tensor]:
         nibbles = layer.codes ^ 8  # code - 8 in two's complement of four bits
         packed = nibbles[0::2] | (nibbles[1::2] << 4)
         found = {f"{name}.weight": packed, f"{name}.weight_scale": scales}
+    elif kind in (FP4, FP4_WEIGHTS):
+        assert layer.global_scale is not None
+        found = {f"{name}.weight": pack(layer.codes, 4), f"{name}.weight_scale": layer.scales}
+        found[f"{name}.weight_scale_2"] = layer.global_scale.reshape(())
     else:
         found = {f"{name}.weight": eight_bit(layer)}
         found[f"{name}.weight_scale"] = scales.reshape(()) if kind == FP8 else scales[:, 0]
@@ -254,18 +252,9 @@ def second_scales(checkpoint: Checkpoint, layers: Layers) -> dict[str, Tensor]:
         if (form.number, form.inputs) == ("int", "fp8_tensor"):
             weight = weight_of(model.layer(name, checkpoint.forms or {}, checkpoint))
             found[name] = weight.abs().amax() / LARGEST["fp8"]
-    return shared(found)
-
-
-def fp4(name: str, layer: Quantized, whole: Tensor) -> dict[str, Tensor]:
-    """Those of a layer in nvfp4 whose global scale is to be ``whole``."""
-    found = {
-        f"{name}.weight": pack(layer.codes, 4),
-        f"{name}.weight_scale": block_scales(layer, whole),
-        f"{name}.weight_scale_2": whole.reshape(()),
-    }
-    if layer.input_scale is not None:
-        found[f"{name}.input_scale"] = layer.input_scale.reshape(())
+    for names in joined(found):
+        largest = torch.stack([found[name] for name in names]).max()
+        found |= {name: largest.clone() for name in names}  # files share no memory
     return found
 
 

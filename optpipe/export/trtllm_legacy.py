@@ -22,7 +22,14 @@ from optpipe.cache.static import number_after
 from optpipe.checkpoint import Checkpoint, copy_side_files
 from optpipe.errors import InputError
 from optpipe.export import trtllm
-from optpipe.export.folder import DTYPES, check_dtype, check_head, check_layers, write_json
+from optpipe.export.folder import (
+    DTYPES,
+    check_dtype,
+    check_head,
+    check_layers,
+    check_scales,
+    write_json,
+)
 from optpipe.export.ranks import Shard, padding
 from optpipe.linear import Layers
 from optpipe.stage import Progress, Stage
@@ -95,6 +102,7 @@ class TrtllmLegacy(Stage):
         checkpoint, ranks = Checkpoint(source.path), self.tensor_parallel
         self.follow([], checkpoint)
         layers = model.layers(checkpoint)
+        check_scales(checkpoint, layers)
         told = trtllm.common_algorithm(layers)
         for rank in range(ranks):
             progress(f"rank {rank}", rank, ranks)

@@ -14,9 +14,8 @@ C inputs, G scales a row. A layer NAME becomes
     ("nvfp4-pack-quantized")  NAME.weight_global_scale (1), its inverse [NAME.input_global_scale]
     a KV cache in fp8         ATTENTION.k_scale (1)   ATTENTION.v_scale (1)
 
-with scales of 8-bit weights and of inputs in float32, which vLLM keeps them in. Layers in nvfp4
-that vLLM multiplies as one get one global scale, for which scales of blocks are rounded again; fp8
-weights with one scale a layer vLLM itself rounds again there, to the largest of their scales.
+with scales of 8-bit weights and of inputs in float32, which vLLM keeps them in. Layers that vLLM
+multiplies as one have one scale for a layer, or one global scale, in common.
 https://github.com/vllm-project/compressed-tensors; checked against 0.17 and vLLM 0.25.1.
 """
 
@@ -37,11 +36,10 @@ from optpipe.checkpoint import Checkpoint
 from optpipe.errors import InputError
 from optpipe.export.folder import (
     Folder,
-    block_scales,
     check_cache,
     check_dtype,
     check_layers,
-    global_scales,
+    check_scales,
 )
 from optpipe.linear import BLOCKS, PER_CHANNEL, PER_TENSOR, Form, Layers, Quantized, pack
 from optpipe.microscaling import FP8
@@ -87,16 +85,10 @@ class Vllm(Stage):
         self.follow([], checkpoint)
         fp8 = checkpoint.cache is not None
         layers = model.layers(checkpoint)
-        settings, wholes = (
-            quantization(layers, CACHE if fp8 else None),
-            global_scales(checkpoint, layers),
-        )
-
-        def tensors(name: str, layer: Quantized) -> dict[str, Tensor]:
-            return fp4(name, layer, wholes[name]) if name in wholes else encode(name, layer)
-
+        check_scales(checkpoint, layers)
+        settings = quantization(layers, CACHE if fp8 else None)
         folder = Folder(checkpoint=checkpoint, out=out, dtype=self.dtype, cache=cache_scale)
-        folder.write(tensors, settings, progress)
+        folder.write(encode, settings, progress)
         return {"dtype": self.dtype, "layout": settings and settings["format"], "fp8_cache": fp8}
 
 
@@ -214,6 +206,8 @@ def encode(name: str, layer: Quantized) -> dict[str, Tensor]:
     """The tensors of a quantized layer."""
     form = layer.form
     assert form.bits is not None
+    if form.number == "nvfp4":
+        return _fp4(name, layer)
     if scheme(form)["format"] == PACKED:
         return {
             f"{name}.weight_packed": pack(layer.codes, form.bits).view(torch.int32),
@@ -230,12 +224,12 @@ def encode(name: str, layer: Quantized) -> dict[str, Tensor]:
     return found
 
 
-def fp4(name: str, layer: Quantized, whole: Tensor) -> dict[str, Tensor]:
-    """Those of a layer in nvfp4 whose global scale is to be ``whole``."""
+def _fp4(name: str, layer: Quantized) -> dict[str, Tensor]:
+    assert layer.global_scale is not None
     found = {
         f"{name}.weight_packed": pack(layer.codes, 4),
-        f"{name}.weight_scale": block_scales(layer, whole),
-        f"{name}.weight_global_scale": 1 / whole.reshape(1),
+        f"{name}.weight_scale": layer.scales,
+        f"{name}.weight_global_scale": 1 / layer.global_scale.reshape(1),
     }
     if layer.input_scale is not None:
         found[f"{name}.input_global_scale"] = 1 / layer.input_scale.reshape(1)

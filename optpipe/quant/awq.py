@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from optpipe import order
+from optpipe.blockwise import largest_of
 from optpipe.calibrate import Calib, Gram, Observation
 from optpipe.checkpoint import Checkpoint
 from optpipe.errors import InputError
@@ -112,7 +113,11 @@ class Awq(WeightOnly):
     def quantize(
         self, layer: nn.Module, weight_RC: Tensor, form: Form, statistic: Gram
     ) -> Quantized:
-        grid = fit_output(weight_RC, form, statistic.mean_CC) if self.clip else fit(weight_RC, form)
+        largest = largest_of(layer)
+        if self.clip:
+            grid = fit_output(weight_RC, form, statistic.mean_CC, largest)
+        else:
+            grid = fit(weight_RC, form, largest)
         return grid.module(grid.encode(weight_RC), layer)
 
 

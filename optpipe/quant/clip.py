@@ -37,21 +37,34 @@ def check_static_clip(clip: str) -> None:
         raise ValueError(f"clip must be one of {(MINMAX, MSE)}, got '{clip}'")
 
 
-def fit_clip(weight_RC: Tensor, form: Form, clip: str, power_C: Tensor | None = None) -> Grid:
+def fit_clip(
+    weight_RC: Tensor,
+    form: Form,
+    clip: str,
+    power_C: Tensor | None = None,
+    largest: Tensor | None = None,
+) -> Grid:
     """The grid of 'minmax', or of least sum (w - q)^2 ('mse') or sum H_jj (w - q)^2 ('hessian').
 
     ``power_C`` is the mean square of each input, H_jj, in any unit; only 'hessian' looks at it.
+    ``largest`` is as ``fit`` has it.
     """
     if clip == MINMAX:
-        return fit(weight_RC, form)
+        return fit(weight_RC, form, largest)
     if clip == MSE:
-        return search(weight_RC, form, lambda error_RGW: error_RGW.square().sum(-1))
+        return search(weight_RC, form, lambda error_RGW: error_RGW.square().sum(-1), largest)
     assert clip == HESSIAN and power_C is not None
     power_GW = power_C.float().reshape(form.groups, -1)
-    return search(weight_RC, form, lambda error_RGW: (error_RGW.square() * power_GW).sum(-1))
+
+    def loss(error_RGW: Tensor) -> Tensor:
+        return (error_RGW.square() * power_GW).sum(-1)
+
+    return search(weight_RC, form, loss, largest)
 
 
-def fit_output(weight_RC: Tensor, form: Form, gram_CC: Tensor) -> Grid:
+def fit_output(
+    weight_RC: Tensor, form: Form, gram_CC: Tensor, largest: Tensor | None = None
+) -> Grid:
     """The grid with which each group alone loses the least output, d^T H_gg d (AWQ's clipping)."""
     size = form.cols // form.groups
     gram_GWW = gram_CC.float().unfold(0, size, size).unfold(1, size, size)
@@ -61,15 +74,17 @@ def fit_output(weight_RC: Tensor, form: Form, gram_CC: Tensor) -> Grid:
         by_group = error_RGW.transpose(0, 1)  # (G, R, W)
         return ((by_group @ gram_GWW) * by_group).sum(-1).T
 
-    return search(weight_RC, form, loss)
+    return search(weight_RC, form, loss, largest)
 
 
-def search(weight_RC: Tensor, form: Form, loss: Loss) -> Grid:
+def search(weight_RC: Tensor, form: Form, loss: Loss, largest: Tensor | None = None) -> Grid:
     """The grid of least ``loss`` in every group; on a tie the wider one."""
     weight_RC = weight_RC.float()
+    if form.number == "nvfp4" and largest is None:
+        largest = weight_RC.abs().amax()
     best, lowest_RG = None, torch.empty(0)
     for ratio in (*RATIOS, FOUR_OVER_SIX) if form.number == "nvfp4" else RATIOS:
-        grid = fit(weight_RC * ratio, form, None if best is None else best.global_scale)
+        grid = fit(weight_RC * ratio, form, largest)
         error_RC = grid.decode(grid.encode(weight_RC)) - weight_RC
         loss_RG = loss(error_RC.reshape(form.rows, form.groups, -1))
         if best is None:

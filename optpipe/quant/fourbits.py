@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from optpipe.blockwise import largest_of
 from optpipe.calibrate import Gram, Observation
 from optpipe.checkpoint import Checkpoint
 from optpipe.linear import Form, Quantized
@@ -60,7 +61,7 @@ class FourBits(WeightsAndInputs):
             quantized = gptq.quantize(layer, weight_RC, form, statistic)
         else:
             power_C = None if statistic is None else statistic.mean_CC.diagonal()
-            grid = fit_clip(weight_RC, form, self.clip, power_C)
+            grid = fit_clip(weight_RC, form, self.clip, power_C, largest_of(layer))
             quantized = grid.module(grid.encode(weight_RC), layer)
         if statistic is not None and self.calibrated:
             largest = statistic.magnitudes.percentile(self.percentile)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from optpipe.blockwise import largest_of
 from optpipe.calibrate import Calib, Gram, Observation
 from optpipe.checkpoint import Checkpoint
 from optpipe.compensate import check_damp, compensate, inverse_factor
@@ -67,7 +68,7 @@ class Gptq(WeightOnly):
         self, layer: nn.Module, weight_RC: Tensor, form: Form, statistic: Gram
     ) -> Quantized:
         gram_CC = statistic.mean_CC
-        grid = fit_clip(weight_RC, form, self.clip, gram_CC.diagonal())
+        grid = fit_clip(weight_RC, form, self.clip, gram_CC.diagonal(), largest_of(layer))
         order_C = torch.arange(form.cols, device=gram_CC.device)
         if self.act_order:
             order_C = gram_CC.diagonal().argsort(descending=True, stable=True)

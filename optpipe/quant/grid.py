@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from optpipe import microscaling, model, order
 from optpipe.artifact import Artifact, Stats
-from optpipe.blockwise import rewrite, select
+from optpipe.blockwise import one_scale, rewrite, select
 from optpipe.bounds import divisor
 from optpipe.calibrate import Observation
 from optpipe.checkpoint import Checkpoint
@@ -126,19 +126,22 @@ class Grid:
         return scales, zeros
 
 
-def fit(weight_RC: Tensor, form: Form, global_scale: Tensor | None = None) -> Grid:
+def fit(weight_RC: Tensor, form: Form, largest: Tensor | None = None) -> Grid:
     """The grid that spans each group from its smallest to its largest weight, and zero.
 
-    ``global_scale`` is that of nvfp4, by default the one of this weight.
+    ``largest`` is the magnitude that a scale for the whole layer spans, by default its own.
     """
     assert form.bits is not None
     if form.number in BLOCKS:
-        return _fit_blocks(weight_RC, form, global_scale)
+        return _fit_blocks(weight_RC, form, largest)
     shape = (1, 1) if form.group_size == PER_TENSOR else (form.rows, form.groups)
     groups = weight_RC.float().reshape(*shape, -1)
     top = 2**form.bits - 1
     if form.number == "fp8":
-        scales = _half(groups.abs().amax(-1) / LARGEST["fp8"])
+        reach = groups.abs().amax(-1)
+        if one_scale(form) and largest is not None:
+            reach = largest.reshape(shape)
+        scales = _half(reach / LARGEST["fp8"])
         return Grid(form, scales, torch.zeros_like(scales).to(torch.uint8))
     if form.symmetric:
         scales = _half(groups.abs().amax(-1) / (top // 2))
@@ -149,10 +152,11 @@ def fit(weight_RC: Tensor, form: Form, global_scale: Tensor | None = None) -> Gr
     return Grid(form, scales, zeros.to(torch.uint8))
 
 
-def _fit_blocks(weight_RC: Tensor, form: Form, whole: Tensor | None) -> Grid:
+def _fit_blocks(weight_RC: Tensor, form: Form, largest: Tensor | None) -> Grid:
     largest_RG = weight_RC.float().reshape(form.rows, form.groups, -1).abs().amax(-1)
-    if form.number == "nvfp4" and whole is None:
-        whole = microscaling.global_scale(largest_RG.amax())
+    whole = None
+    if form.number == "nvfp4":
+        whole = microscaling.global_scale(largest_RG.amax() if largest is None else largest)
     scales_RG = microscaling.block_scales(largest_RG, form.number, whole)
     zeros_RG = torch.zeros(scales_RG.shape, dtype=torch.uint8, device=scales_RG.device)
     return Grid(form, scales_RG, zeros_RG, whole)

@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from optpipe.blockwise import largest_of
 from optpipe.calibrate import Calib, Observation
 from optpipe.checkpoint import Checkpoint
 from optpipe.linear import LARGEST, STATIC_INPUTS, Form, Quantized
@@ -105,7 +106,7 @@ class WeightsAndInputs(Quantize):
     def quantize(
         self, layer: nn.Module, weight_RC: Tensor, form: Form, statistic: Magnitudes | None
     ) -> Quantized:
-        grid = fit(weight_RC, form)
+        grid = fit(weight_RC, form, largest_of(layer))
         quantized = grid.module(grid.encode(weight_RC), layer)
         if statistic is not None:
             largest = statistic.percentile(self.percentile)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from optpipe import model
 from optpipe.artifact import Artifact, Stats
-from optpipe.blockwise import select
+from optpipe.blockwise import largest_of, select
 from optpipe.calibrate import Calib, Gram, Observation
 from optpipe.checkpoint import Checkpoint
 from optpipe.compensate import check_damp, compensate, inverse_factor
@@ -70,7 +70,7 @@ class Joint(WeightOnly):
         self, layer: nn.Module, weight_RC: Tensor, form: Form, statistic: Gram
     ) -> Quantized:
         gram_CC = statistic.mean_CC
-        grid = fit_clip(weight_RC, form, self.clip, gram_CC.diagonal())
+        grid = fit_clip(weight_RC, form, self.clip, gram_CC.diagonal(), largest_of(layer))
         dropping = Dropping(weight_RC, self.sparsity, self.pattern)
         order_C = torch.arange(form.cols, device=gram_CC.device)
         rounding = Rounding(grid, order_C, dropping.keep_RC)

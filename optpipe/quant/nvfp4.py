@@ -1,9 +1,10 @@
 """NVFP4: weights, and on request inputs, in 4-bit floating point, 16 a scale (NVIDIA et al. 2025,
 arXiv:2509.25149; weight = e2m1 code * (e4m3 scale of its block * float32 of the layer)).
 
-What is stored is what nvidia-modelopt and compressed-tensors store. Unless clip=minmax, the scale
-that puts the largest weight of a block at 4 instead of 6 is tried, too (four over six,
-arXiv:2512.02010).
+What is stored is what nvidia-modelopt and compressed-tensors store; layers that runtimes multiply
+as one, as q, k and v, have the float32 in common (family.joined), which is what they load. Unless
+clip=minmax, the scale that puts the largest weight of a block at 4 instead of 6 is tried, too
+(four over six, arXiv:2512.02010).
 """
 
 from __future__ import annotations

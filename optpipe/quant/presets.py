@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from optpipe import microscaling, model
-from optpipe.blockwise import block_tensors, write_ends
+from optpipe.blockwise import block_tensors, largest_of, one_scale, share_ranges, write_ends
 from optpipe.checkpoint import Checkpoint, Writer
 from optpipe.device import fastest
 from optpipe.errors import InputError
@@ -214,6 +214,7 @@ class Rounding:
             dtype = checkpoint.floating(f"{fold.writer}.weight") if fold.norm else torch.float32
             used_C = divide(lm, checkpoint.decoder, fold, shared(fold, divisor_C), dtype)
             used |= dict.fromkeys(names, used_C)
+        share_ranges(lm, block, planned)
         for name, inputs in found.items():
             layer = lm.get_submodule(name)
             lm.set_submodule(name, rounded(layer, inputs, planned[name], used.get(name)))
@@ -277,13 +278,15 @@ def rounded(layer: nn.Module, inputs: Inputs, form: Form, divisor_C: Tensor | No
 def coded(layer: nn.Linear, form: Form) -> Quantized:
     """Codes by scales as modelopt has them, in float32; integers and fp8 store these in float16."""
     if form.number in BLOCKS:
-        grid = fit(layer.weight, form)
+        grid = fit(layer.weight, form, largest_of(layer))
         return grid.module(grid.encode(layer.weight), layer)
     assert form.bits is not None
     top = LARGEST["fp8"] if form.number == "fp8" else 2 ** (form.bits - 1) - 1
     shape = (1, 1) if form.group_size == PER_TENSOR else (form.rows, form.groups)
     groups = layer.weight.reshape(*shape, -1)
     largest = groups.abs().amax(-1)
+    if one_scale(form) and (spanned := largest_of(layer)) is not None:
+        largest = spanned.reshape(shape)
     scales = torch.where(largest == 0, 1.0, largest / top)
     steps = (groups / scales.unsqueeze(-1)).reshape(form.rows, form.cols)
     if form.number == "fp8":

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from optpipe.blockwise import largest_of
 from optpipe.calibrate import Calib, Observation, Squares
 from optpipe.checkpoint import Checkpoint
 from optpipe.linear import Form, Quantized
@@ -31,7 +32,7 @@ class Rtn(WeightOnly):
         self, layer: nn.Module, weight_RC: Tensor, form: Form, statistic: Squares | None
     ) -> Quantized:
         power_C = None if statistic is None else statistic.sum_C
-        grid = fit_clip(weight_RC, form, self.clip, power_C)
+        grid = fit_clip(weight_RC, form, self.clip, power_C, largest_of(layer))
         return grid.module(grid.encode(weight_RC), layer)
 
     def inputs(self, model: Checkpoint) -> str | None:

@@ -3,7 +3,8 @@
 Dense weights, factors, biases and norms are free. A pruned weight stays zero: after every step the
 weight is multiplied with its mask. Of a quantized layer only the scales and the bias move, so that
 every weight stays on the grid of its codes (as the scales in EfficientQAT, arXiv:2407.11062); of
-nvfp4 and mxfp8 only the bias, since scales of 8 bits are too coarse to be trained.
+nvfp4 and mxfp8 only the bias, since scales of 8 bits are too coarse to be trained, and where one
+scale spans the layer, since others may share it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from optpipe import model
+from optpipe.blockwise import one_scale
 from optpipe.checkpoint import Checkpoint
 from optpipe.family import Block
 from optpipe.linear import BLOCKS, Layers, Quantized, mask_of, weight_of
@@ -76,7 +78,7 @@ class Tuning:
 
     def _add_layer(self, name: str, layer: nn.Module, dtype: torch.dtype) -> None:
         if isinstance(layer, Quantized):
-            if layer.form.number not in BLOCKS:
+            if layer.form.number not in BLOCKS and not one_scale(layer.form):
                 layer.scales = layer.scales.float()
                 self._scales.append(layer.scales)
                 self._add(layer.scales, torch.float16)

@@ -2,6 +2,7 @@
 
 import torch
 
+from optpipe.blockwise import largest_of
 from optpipe.linear import LARGEST, PER_TENSOR, Quantized
 from optpipe.microscaling import to_fp8
 
@@ -13,7 +14,8 @@ def eight_bit_layer(layer, form, input_scale=INPUT_SCALE):
     """Rounded to the nearest code, with scales from the largest weight."""
     largest = layer.weight.abs().amax(1, keepdim=True)
     if form.group_size == PER_TENSOR:
-        largest = largest.amax(0, keepdim=True)
+        joint = largest_of(layer)
+        largest = (largest.amax() if joint is None else joint).reshape(1, 1)
     scales = (largest / LARGEST["fp8" if form.number == "fp8" else "int8"]).half()
     scales = torch.where(scales == 0, torch.ones_like(scales), scales)  # rows of all but zeros
     numbers = layer.weight / scales.float()

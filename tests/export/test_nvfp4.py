@@ -1,6 +1,7 @@
 """Checkpoints in NVFP4, against the packing of compressed-tensors and of nvidia-modelopt."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,15 +9,15 @@ from safetensors.torch import load_file, save_file
 
 from optpipe import microscaling, model
 from optpipe.checkpoint import Checkpoint
-from optpipe.errors import GateError
+from optpipe.errors import GateError, InputError
 from optpipe.export.readback import read_back
 from optpipe.export.trtllm import Trtllm
 from optpipe.export.trtllm_legacy import TrtllmLegacy
 from optpipe.export.vllm import Vllm, scheme
+from optpipe.quant.fp8 import Fp8
 from optpipe.quant.nvfp4 import Nvfp4
 
 INPUTS = ["none", "block"]
-FUSED = ["q_proj", "k_proj", "v_proj"]
 
 
 @pytest.fixture(scope="module")
@@ -64,27 +65,43 @@ def test_the_library_reads_the_weights_that_we_multiply_with(activations, run, q
         codes = nvfp4.unpack_fp4_from_uint8(stored["weight_packed"], *layer.codes.shape)
         steps = stored["weight_scale"].float() / stored["weight_global_scale"]
         weight = codes.float() * steps.repeat_interleave(16, 1)
-        alone = name.endswith(("o_proj", "down_proj"))
-        torch.testing.assert_close(
-            weight, layer.dequantize(), rtol=1e-6 if alone else 2**-4, atol=0
-        )
+        torch.testing.assert_close(weight, layer.dequantize(), rtol=1e-6, atol=0)
         assert torch.equal(codes.float(), microscaling.numbers(layer.codes, "nvfp4"))
         assert torch.equal(nvfp4.pack_fp4_to_uint8(codes), stored["weight_packed"])
         assert stored["weight_scale"].dtype == torch.float8_e4m3fn
 
 
 @pytest.mark.parametrize("exporter", [Vllm, Trtllm])
-def test_layers_multiplied_as_one_have_one_global_scale(exporter, run, quantized):
-    source = quantized()
-    ours = [layers(source)[f"model.layers.0.self_attn.{n}"].global_scale.item() for n in FUSED]
-    assert len(set(ours)) == 3, "else this test shows nothing"
+def test_layers_multiplied_as_one_have_one_global_scale(exporter, run, half, quantized):
+    """That of their largest weight, so that the scales of blocks are written as they are."""
+    source, plain = quantized(), model.load(Checkpoint(half("llama")))
     made = run(exporter(), source)
     read_back(made, source)
     stored = Checkpoint(made.path)
-    name = {"vllm": "weight_global_scale", "trtllm": "weight_scale_2"}[made.format]
-    found = {stored.get(f"model.layers.0.self_attn.{n}.{name}").item() for n in FUSED}
-    whole = torch.tensor(max(ours))
-    assert found == {float(whole if made.format == "trtllm" else 1 / whole)}
+    part = {"vllm": "weight_global_scale", "trtllm": "weight_scale_2"}[made.format]
+    for block in stored.decoder.blocks:
+        for names in (block.qkv, block.mlp_in, [block.attn_out], [block.mlp_out]):
+            largest = max(float(plain.get_submodule(name).weight.abs().max()) for name in names)
+            whole = torch.tensor(largest) / (6 * 448)
+            found = {float(stored.get(f"{name}.{part}")) for name in names}
+            assert found == {float(whole if made.format == "trtllm" else 1 / whole)}
+            for name in names:
+                ours = layers(source)[name]
+                assert ours.global_scale == whole
+                assert torch.equal(stored.get(f"{name}.weight_scale").float(), ours.scales.float())
+
+
+@pytest.mark.parametrize("stage, exporter", [
+    (Nvfp4(method="rtn", clip="mse"), Vllm), (Nvfp4(method="rtn", clip="mse"), Trtllm),
+    (Fp8(), Vllm), (Fp8(), TrtllmLegacy),
+])  # fmt: skip
+def test_layers_with_two_scales_are_refused(stage, exporter, run, half):
+    stage = replace(stage, calib=run.calib)
+    first = run(replace(stage, targets=["*.q_proj"]), half("llama"))
+    rest = ["*.k_proj", "*.v_proj", "*.o_proj", "*.mlp.*"]
+    source = run(replace(stage, targets=rest), first)
+    with pytest.raises(InputError, match=r"q_proj' and '.*, with one scale, .* in one stage"):
+        run(exporter(), source)
 
 
 @pytest.mark.parametrize("activations", INPUTS)

@@ -38,7 +38,6 @@ from optpipe.bench.vllm import OFFLINE, SETTINGS, Vllm
 from optpipe.blockwise import rewrite
 from optpipe.checkpoint import Checkpoint
 from optpipe.export import vllm
-from optpipe.export.folder import block_scales, global_scales
 from optpipe.export.readback import read_back
 from optpipe.export.trtllm import Trtllm
 from optpipe.quant.nvfp4 import Nvfp4
@@ -165,14 +164,8 @@ def given(shape):
 
 
 def ours(made, dtype):
-    """Greedy tokens and logits of the torch model, with the global scales of the checkpoint."""
-    source = Checkpoint(made.path)
-    wholes = global_scales(source, model.layers(source))
+    """Greedy tokens and logits of the torch model."""
     with Torch(made, 1, dtype) as backend:
-        for name, whole in wholes.items():
-            layer = backend._lm.get_submodule(name)
-            whole = whole.to(layer.scales.device)
-            layer.scales, layer.global_scale = block_scales(layer, whole), whole
         return greedy(backend, prompts(backend.vocab))
 
 

@@ -44,9 +44,12 @@ def test_every_layer_is_what_its_preset_makes(run, tiny, monkeypatch):
     """Only the rows that make what o_proj and down_proj read are divided for these."""
     monkeypatch.setattr(AutoQuantize, "search", lambda *_: (chosen, 6.0))
     block = Checkpoint(tiny()).decoder.blocks[1]
-    chosen = dict.fromkeys(block.qkv, "fp8") | {block.attn_out: "int4_awq", block.mlp_out: "fp8"}
+    chosen = dict.fromkeys(block.qkv, "int4_rtn") | {
+        block.attn_out: "int4_awq",
+        block.mlp_out: "fp8",
+    }
     mixed = Checkpoint(run(AutoQuantize(**FIELDS), tiny()).path)
-    for preset in ("int4_awq", "fp8"):
+    for preset in ("int4_rtn", "int4_awq", "fp8"):
         whole = Checkpoint(run(Modelopt(preset=preset, **FIELDS), tiny()).path)
         for name in chosen:
             if chosen[name] == preset and name != block.qkv[-1]:

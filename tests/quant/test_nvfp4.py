@@ -7,8 +7,11 @@ from torch import nn
 from optpipe import model
 from optpipe.calibrate import Gram
 from optpipe.checkpoint import Checkpoint
+from optpipe.family import joined
 from optpipe.linear import Form
+from optpipe.quant.awq import Awq
 from optpipe.quant.gptq import Gptq
+from optpipe.quant.joint import Joint
 from optpipe.quant.nvfp4 import Nvfp4
 from optpipe.quant.rtn import Rtn
 
@@ -41,6 +44,16 @@ def test_without_inputs_it_is_rounding_to_nearest_and_needs_no_data(run, tiny):
         one, other = (c.tensor(f"{name}.{part}") for c in (ours, rtn))
         assert torch.equal(one.float(), other.float())
     assert ours.forms == rtn.forms
+
+
+@pytest.mark.parametrize("method", [Rtn, Gptq, Awq, Joint])
+def test_every_method_gives_layers_multiplied_as_one_the_same_global_scale(method, run, tiny):
+    calibrated = {} if method is Rtn else {"calib": run.calib}
+    made = Checkpoint(run(method(**NVFP4, **calibrated), tiny("llama")).path)
+    for names in joined(made.forms):
+        assert len({float(made.tensor(f"{name}.global_scale")) for name in names}) == 1
+    apart = {float(made.tensor(f"{n}.global_scale")) for n, f in made.forms.items() if f.bits}
+    assert len(apart) == 12, "q, k and v, gate and up, and two layers alone, in three blocks"
 
 
 @pytest.mark.parametrize("kind", ["white", "correlated", "outliers"])
