@@ -172,7 +172,7 @@ class Blocks:
             return samples
         cpu_s = sum(sample.cpu_s for sample in samples)
         note = self.watch.disturbed(name, wall_s, cpu_s, before, self.session.meter())
-        return [replace(sample, note=note) for sample in samples]
+        return [replace(sample, note=note) for sample in samples] if note else samples
 
     def _iteration(self, name: str, prompt: int, reason: str | None) -> Sample | None:
         """One iteration of one arm; None if it does not come back, which ends its process."""
