@@ -43,9 +43,18 @@ def check_damp(damp: float) -> None:
 
 
 def inverse_factor(gram_CC: Tensor, damp: float) -> Tensor:
-    """Upper Cholesky factor U of (H + damp * mean(diag H))^-1, U^T U, float64 (C, C)."""
+    """Upper Cholesky factor U of (H + damp * mean(diag H))^-1, U^T U, float64 (C, C).
+
+    Raises ValueError if the damping is too small for H to be regular.
+    """
     # H = V V^T with V upper: the Cholesky factor of H read backwards. Then U = V^-1.
-    upper = torch.linalg.cholesky(damped(gram_CC, damp).flip(0, 1)).flip(0, 1)
+    try:
+        upper = torch.linalg.cholesky(damped(gram_CC, damp).flip(0, 1)).flip(0, 1)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise ValueError(
+            f"damp={damp:g} is too small for a layer with inputs that are few or alike; raise it "
+            "or calib.samples"
+        ) from error
     identity = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
     factor: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
     return factor

@@ -167,5 +167,8 @@ def test_masks_survive(run, tiny, method, symmetric):
 
 
 def test_bad_damping_is_refused():
+    alike = torch.ones(64, 64, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"damp=1e-18 is too small for .*; raise it"):
+        inverse_factor(alike, 1e-18)
     with pytest.raises(ValueError, match="damp must be above 0 and finite, got 0"):
         Gptq(damp=0.0)
