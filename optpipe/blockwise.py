@@ -155,7 +155,7 @@ def share_ranges(lm: PreTrainedModel, block: Block, planned: Layers) -> None:
         dense = [layer for layer in layers if isinstance(layer, nn.Linear)]
         largest = [layer.weight.abs().amax() for layer in dense]
         for layer in dense:
-            layer.largest = torch.stack(largest).amax()
+            layer.register_buffer("largest", torch.stack(largest).amax(), persistent=False)
 
 
 def largest_of(layer: nn.Module) -> Tensor | None:
