@@ -124,8 +124,7 @@ def layers(checkpoint: Checkpoint) -> Layers:
     """Every linear layer of the model and its form."""
     if checkpoint.forms is not None:
         return checkpoint.forms
-    config = checkpoint.config
-    return dict(_dense_layers(_Config(config.to_json_string(use_diff=False), config)))
+    return dict(_dense_layers(_known(checkpoint.config)))
 
 
 @dataclass(frozen=True)
@@ -134,6 +133,10 @@ class _Config:
 
     text: str
     config: Any = field(compare=False)
+
+
+def _known(config: Any) -> _Config:
+    return _Config(config.to_json_string(use_diff=False), config)
 
 
 @lru_cache(maxsize=16)
@@ -182,9 +185,13 @@ def parameter_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
 
 def shapes_of(config: Any) -> dict[str, tuple[int, ...]]:
     """As :func:`parameter_shapes`, of a config that belongs to no folder yet."""
-    named = _on_meta(config).named_parameters()
+    return dict(_shapes(_known(config)))
+
+
+@lru_cache(maxsize=16)
+def _shapes(given: _Config) -> dict[str, tuple[int, ...]]:
+    named, decoder = _on_meta(given.config).named_parameters(), describe(given.config)
     shapes = {name: tuple(parameter.shape) for name, parameter in named}
-    decoder = describe(config)
     if decoder.tied:
         shapes.pop(f"{decoder.head}.weight", None)
     return shapes

@@ -4,7 +4,6 @@ import contextlib
 import random
 import re
 from dataclasses import replace
-from functools import cache
 from itertools import product
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 import transformers
 from omegaconf import OmegaConf
 
-from optpipe import model, order
+from optpipe import order
 from optpipe.calibrate import Calib
 from optpipe.config import build, data_dir
 from optpipe.errors import InputError
@@ -121,10 +120,7 @@ def ground(tmp_path_factory):
     )  # fmt: skip
     torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    with pytest.MonkeyPatch.context() as patch:  # they ask the same of the same model
-        for name in ("layers", "parameter_shapes"):
-            patch.setattr(model, name, cache(getattr(model, name)))
-        yield HuggingFace(path=str(folder)), store, dict(methods())
+    return HuggingFace(path=str(folder)), store, dict(methods())
 
 
 def test_methods_are_all_here():
