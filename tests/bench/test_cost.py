@@ -181,6 +181,8 @@ def test_w4_g128_gqa_mqa_and_a_window_by_hand():
     step = big().step(8, 1, 1000)
     assert step.traffic["weights"].bytes == 8_388_608 + 262_144 + 262_144_000 + 8 * 8192
     assert step.traffic["kv"].bytes == 8 * 4096 * (1001 + 1)
+    positions = big(tables=2).step(8, 1, 1000).traffic["weights"].bytes
+    assert positions == step.traffic["weights"].bytes + 8 * 8192, "a row of each table a token"
     mqa = big(kv_heads=1).step(8, 1, 1000)
     assert mqa.traffic["kv"].bytes == 8 * 512 * 1002 and mqa.all_flops == step.all_flops
     local = big(windows=(256,)).step(8, 1, 1000)
