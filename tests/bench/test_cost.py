@@ -91,6 +91,8 @@ def test_codes_in_torch_are_a_byte_and_become_floats_at_every_call(tiny, run):
     rest = 4 * (VOCAB * HIDDEN + NORMS + HIDDEN)
     assert found["weights"].bytes == WEIGHTS + 3 * WEIGHTS / 32 + rest
     assert found["scratch"].bytes == 24 * WEIGHTS  # written, - (2), * (2), read by the product
+    half = torch_model(made, "bfloat16").step(1, 1, 9).traffic
+    assert half["scratch"].bytes == (20 + 4 + 2 + 2) * WEIGHTS  # read, written in half, read
 
 
 def test_zeros_are_dense_without_a_sparse_kernel(tiny, run):
@@ -265,5 +267,9 @@ def test_a_plan_reads_blocks_as_they_are_stored(run, tiny):
     expected = [
         rows * cols * (4.5 if cols == 64 and rows != 96 else 8.25) / 8 for rows, cols in BLOCK
     ]
+    codes = sum(rows * cols * (1 + (1 / 16 if cols == 64 and rows != 96 else 1 / 32))
+                for rows, cols in BLOCK) * LAYERS  # fmt: skip
+    held = torch_model(made, "float32").step(1, 1, 9).traffic["weights"].bytes
+    assert held == codes + 4 * (VOCAB * HIDDEN + NORMS + HIDDEN), "in torch a code is a byte"
     attended = [size + 4 for size in expected[:4]]
     assert sorted(blocks) == sorted((attended + expected[4:]) * LAYERS)
