@@ -38,9 +38,7 @@ def torch_model(artifact: Artifact, dtype: str, on_gpu: bool = False) -> Model:
     """A checkpoint in transformers with its DynamicCache; on a GPU, with the rings of a graph."""
     checkpoint = Checkpoint(artifact.path)
     decoder, item = checkpoint.decoder, ITEM_BYTES[dtype]
-    forms = dict(layers(checkpoint))
-    if decoder.head not in forms and f"{decoder.head}.left" not in forms:
-        forms[decoder.head] = Form(rows=decoder.vocab, cols=decoder.hidden)
+    forms = layers(checkpoint)
     shapes = checkpoint.shapes().items()
     vectors = sum(s[0] for n, s in shapes if len(s) == 1 and n.endswith((".weight", ".bias")))
     products = [_layer(form, dtype, name.startswith(decoder.head)) for name, form in forms.items()]
