@@ -126,6 +126,8 @@ def test_an_answer_in_one_chunk_keeps_no_limit_on_tpot():
     assert ONE_TOKEN.kept(limits) == {"ttft_s": True, "tpot_s": True}
     assert SHORT.kept(LOOSE) == {} and not SHORT.good(LOOSE) and lump.good(LOOSE)
     assert FAILED.kept(limits) == {"ttft_s": False, "tpot_s": False}
+    early = request(0, 0, 0, [(100, 1), (110, 1)], new_tokens=8)
+    assert early.kept(limits) == {"ttft_s": False, "tpot_s": False}, "quick, but not whole"
 
 
 def test_nothing_answered_is_null_with_a_reason_and_never_zero():
