@@ -17,8 +17,9 @@ LEFT = 4
 LEAP, MAD_SD = 5.0, 1.4826
 """Standard deviations of neighbours that a start is apart from what follows; one of them in median
 deviations."""
-FALSE_CUT, ORDERS = 0.01, 10_000
-"""How often a steady series is cut, and how many random orders tell what that takes."""
+FALSE_CUT, ORDERS, ORDERED = 0.01, 10_000, 1_000_000
+"""How often a steady series is cut, how many random orders tell what that takes, and of how many
+values in all."""
 
 
 def looks(first: int, last: int) -> tuple[int, ...]:
@@ -118,8 +119,9 @@ def _steps(ranks: NDArray[np.int64]) -> Floats:
 @lru_cache(maxsize=256)
 def _critical(n: int) -> float:
     """What the largest step of n values in random order reaches in less than FALSE_CUT."""
-    ranks = np.random.default_rng(n).permuted(np.tile(np.arange(n), (ORDERS, 1)), axis=1)
+    orders = min(ORDERS, ORDERED // n)
+    ranks = np.random.default_rng(n).permuted(np.tile(np.arange(n), (orders, 1)), axis=1)
     largest = np.sort(_steps(ranks).max(1))
     # the next value above the quantile: ties must not make it more
-    beyond = largest[largest > largest[-int(FALSE_CUT * ORDERS) - 1]]
+    beyond = largest[largest > largest[-int(FALSE_CUT * orders) - 1]]
     return float(beyond[0]) if len(beyond) else math.inf

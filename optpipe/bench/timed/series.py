@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -51,11 +51,13 @@ class Turns:
         return len({(sample.session, sample.block) for sample in self.samples})
 
 
-def collect(samples: Iterable[Sample]) -> dict[tuple[str, Cell], Turns]:
-    """The samples that are part of a result, by arm and cell."""
+def collect(
+    samples: Iterable[Sample], reasons: Collection[str | None] = (None,)
+) -> dict[tuple[str, Cell], Turns]:
+    """The samples that are part of a result, or of other ``reasons`` too, by arm and cell."""
     found: dict[tuple[str, Cell], list[Sample]] = defaultdict(list)
     for sample in samples:
-        if sample.reason is None:
+        if sample.reason in reasons:
             found[sample.arm, sample.cell].append(sample)
     return {key: Turns(of) for key, of in found.items()}
 

@@ -153,19 +153,23 @@ class Timer:
         return sum(self._late_in(part) for part in range(self.blocks.session.journal.part + 1))
 
     def _late_in(self, part: int) -> int:
-        """Disturbed blocks among them too: what a start does to a machine is no disturbance."""
-        shares = relative(self._turns(part), "e2e_s")
-        cut, last = 0, -1
-        for of in shares.values():
-            if (count := late_start([*of.values()])) > cut:
-                cut, (_, last) = count, [*of][count - 1]
-        if cut:
-            samples = self.blocks.found.samples
+        """By the blocks alone, and with the warm-up, where a start that lasts into them began.
+
+        Disturbed blocks among them too: what a start does to a machine is no disturbance.
+        """
+        samples, last = self.blocks.found.samples, -1
+        here = [s for s in samples if self._here(s, part)]
+        for reasons in ((None,), (None, "warmup")):
+            turns = {arm: own for (arm, _), own in collect(here, reasons).items()}
+            for of in relative(turns, "e2e_s").values():
+                if count := late_start([*of.values()]):
+                    last = max(last, [*of][count - 1][1])
+        if cut := {s.block for s in here if s.reason is None and s.block <= last}:
             samples[:] = [
                 replace(s, reason="warmup") if self._here(s, part) and 0 <= s.block <= last else s
                 for s in samples
             ]
-        return cut
+        return len(cut)
 
     def _narrow(self) -> bool:
         """Whether every primary ratio of every arm is known well enough to end."""
@@ -179,8 +183,8 @@ class Timer:
         ]
         return all(width <= config.half_width for width in widths)
 
-    def _turns(self, part: int | None = None) -> dict[str, Turns]:
-        found = collect(s for s in self.blocks.found.samples if self._here(s, part))
+    def _turns(self) -> dict[str, Turns]:
+        found = collect(s for s in self.blocks.found.samples if self._here(s))
         return {arm: turns for (arm, _), turns in found.items()}
 
     def _here(self, sample: Sample, part: int | None = None) -> bool:
