@@ -39,8 +39,8 @@ QUEUE, CAPACITY = "queue", "capacity"
 QUEUE_SHARE = 0.5
 MOST_HOST = 0.99
 """So that something is left that the device did, whatever the error of the host's time."""
-NUMBERS = ("seconds", "floor_s", "host_share", "bytes", "flops", "mbu", "mfu", "intensity",
-           "ridge", "eta")  # fmt: skip
+USED = ("bytes", "flops", "mbu", "mfu", "intensity", "ridge", "eta")
+NUMBERS = ("seconds", "floor_s", "host_share", *USED)
 ITSELF = "the baseline itself, or one that was not counted"
 NO_COST = "the bytes and FLOPs of this cell were not counted"
 NO_HOST = "only the wall time is known: the host's share of it is not"
@@ -109,17 +109,14 @@ class _Book:
     def _phase(self, phase: str, artifact: Entry, cell: Entry) -> Entry:
         step, why = self._step(phase, artifact, cell)
         if step is None:
-            empty: Entry = dict.fromkeys(("class", *NUMBERS, "bytes_of", "roofline"))
-            votes = dict.fromkeys(("intensity", "utilisation", "elasticity"))
-            reasons = dict.fromkeys((*empty, *votes), why)
-            return {**empty, "votes": votes, "remedies": [], "reasons": reasons}
+            return _unknown(why)
         cost = self._cost(phase, artifact, cell)
         assert cost is not None
         votes, reasons = self._votes(phase, artifact, cell, step)
         host = self._host(phase, artifact, cell)
-        kind, no_class = roofline.classify(step.use, votes, cost, host)
-        if host is not None and _idle(artifact, cell) > host + roofline.HOST_SHARE:
-            kind, no_class = None, CROWDED
+        crowded = host is not None and _idle(artifact, cell) > host + roofline.HOST_SHARE
+        classified = roofline.classify(step.use, votes, cost, host)
+        kind, no_class = (None, CROWDED) if crowded else classified
         reasons |= {"class": no_class} if kind is None else {}
         reasons |= {"host_share": NO_HOST} if host is None else {}
         promise = self._promised(phase, artifact, cell)
@@ -129,10 +126,8 @@ class _Book:
             "seconds": step.use.seconds,
             "floor_s": step.use.floor_s,
             "host_share": host,
-            "bytes": step.use.bytes,
             "bytes_of": {name: part.bytes for name, part in cost.traffic.items()},
-            "flops": step.use.flops,
-            **{n: getattr(step.use, n) for n in ("mbu", "mfu", "intensity", "ridge", "eta")},
+            **{name: getattr(step.use, name) for name in USED},
             "votes": votes,
             "roofline": promise,
             "remedies": [],
@@ -147,8 +142,7 @@ class _Book:
                 host=host,
                 ceilings=self.ceilings[artifact["device"]],
                 engine=artifact["format"] in ENGINES,
-                launched=artifact["device"] != "cpu"
-                and not (phase == "decode" and "CUDA graph" in artifact["decoding"]),
+                launched=_launched(phase, artifact),
             )
             found["remedies"] = self._advice(bound, artifact, cell)
         return found
@@ -239,6 +233,20 @@ class _Book:
             for cost, device in ((before, base["device"]), (own, artifact["device"]))
         ]
         return promised(before.bytes / own.bytes, floors[0] / floors[1], cell, phase)
+
+
+def _unknown(why: str) -> Entry:
+    """A phase of which nothing can be said."""
+    empty: Entry = dict.fromkeys(("class", *NUMBERS, "bytes_of", "roofline"))
+    votes = dict.fromkeys(("intensity", "utilisation", "elasticity"))
+    reasons = dict.fromkeys((*empty, *votes), why)
+    return {**empty, "votes": votes, "remedies": [], "reasons": reasons}
+
+
+def _launched(phase: str, artifact: Entry) -> bool:
+    """Whether a host launches the kernels of a step one by one."""
+    graphs = phase == "decode" and "CUDA graph" in artifact["decoding"]
+    return artifact["device"] != "cpu" and not graphs
 
 
 def _idle(artifact: Entry, cell: Entry) -> float:
