@@ -1,5 +1,6 @@
 """Votes and classes against steps whose bound is known by construction (T8a, T8d)."""
 
+from dataclasses import replace
 from itertools import pairwise, product
 
 import numpy as np
@@ -85,6 +86,15 @@ def use(memory_s, compute_s, seconds=1.0):
     return Use(bytes=1e9, flops=1e12, memory_s=memory_s, compute_s=compute_s, seconds=seconds)
 
 
+def test_use_by_hand():
+    """1e9 bytes and 1e12 FLOPs; three tenths and six of a second, of one."""
+    found = use(0.3, 0.6)
+    assert (found.mbu, found.mfu, found.eta, found.floor_s) == (0.3, 0.6, 0.6, 0.6)
+    assert found.intensity == 1000 and found.ridge == pytest.approx(500), "half as far as it is"
+    step = replace(model().step(1, 1, 128), flops={"float16": PEAK, "int8": 2 * PEAK})
+    assert roofline.compute_s(step, CEILINGS) == pytest.approx(2), "one after the other"
+
+
 def test_a_step_faster_than_its_ceilings_raises():
     """T8d."""
     cost = model().step(1, 1, 128)
@@ -147,8 +157,9 @@ def test_a_flat_time_says_nothing_where_the_host_may_be_what_is_flat():
     small, large = (Step(use=use(0.1, 0.01 * n), tokens=n) for n in (1, 4))
     assert roofline.by_elasticity(small, large, alone=True)[0] == "memory"
     assert roofline.by_elasticity(small, large, alone=False)[0] is None
-    idle = Step(use=use(0.05, 0.001), tokens=1)
-    assert roofline.by_elasticity(idle, large, alone=True)[0] is None
+    idle, idler = (Step(use=use(0.05, 0.001 * n), tokens=n) for n in (1, 4))
+    vote, why = roofline.by_elasticity(idle, idler, alone=True)
+    assert vote is None and "not memory that takes it" in why
 
 
 VOTES = dict.fromkeys(("intensity", "utilisation", "elasticity"))
@@ -177,7 +188,7 @@ def test_the_first_rule_that_matches_decides(votes, eta, host, kind):
 
 
 def test_a_cache_of_more_than_two_fifths_of_the_bytes_takes_the_bandwidth():
-    few, many = model().step(1, 1, 1024), model().step(64, 1, 8192)
+    few, many = model().step(1, 1, 42_000), model().step(1, 1, 70_000)  # 29 and 41 per cent
     assert roofline.bandwidth_of(few) == "memory_bandwidth_weights"
     assert roofline.bandwidth_of(many) == "memory_bandwidth_kv"
 

@@ -184,7 +184,7 @@ def classify(found: Use, votes: dict[str, str | None], cost: PhaseCost, host: fl
         return bandwidth_of(cost), ""
     if counted.count(COMPUTE) >= 2:
         return COMPUTE, ""
-    if NEITHER in counted or found.eta < POOR_ETA:
+    if found.eta < POOR_ETA:  # which it is wherever neither is in use
         return KERNEL, ""
     return None, "fewer than two votes agree, and the step is near the roofline"
 
