@@ -96,7 +96,7 @@ class Table:
         rated, unrated = load.entry(own.samples if own else [], cell, self.outcome.measured)
         if not rated:  # no server
             rated, unrated = rates.entry(own.samples if own else [], cell, values, why)
-        told, free = self.outcome.loaded.get(name), self.outcome.free_bytes
+        told, free = self.outcome.loaded.get(name), self.outcome.free(name)
         most, unknown = capacity.sequences(told, cell, free, self.outcome.absent(name) or "")
         reasons |= unrated | unknown
         return {

@@ -98,11 +98,16 @@ def free_bytes() -> int:
 
     An arm that computes on the CPU counts as if it took memory of the GPU, too.
     """
-    free, torch = available_bytes(), _version("torch") or ""
+    free, torch, device = available_bytes(), _version("torch") or "", device_free_bytes()
+    return free if device is None or torch.endswith("+cpu") else min(free, device)
+
+
+def device_free_bytes() -> int | None:
+    """Memory of the GPU that is free; None: there is none, or it does not tell."""
     gpu = nvml.current(nvml.gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"))
-    if gpu is None or torch.endswith("+cpu") or gpu["memory_used_bytes"] is None:
-        return free
-    return min(free, int(gpu["memory_bytes"] - gpu["memory_used_bytes"]))
+    if gpu is None or gpu["memory_used_bytes"] is None:
+        return None
+    return int(gpu["memory_bytes"] - gpu["memory_used_bytes"])
 
 
 def resident_bytes() -> int:

@@ -64,11 +64,17 @@ class Outcome:
     starts: dict[str, list[Start]] = field(default_factory=dict)
     """Cold starts of every arm."""
     free_bytes: int = 0
-    """Memory that the arms could take together, before any was loaded."""
+    device_free_bytes: int = 0
+    """Of main memory and of the GPU what arms could take, before any was loaded."""
 
     @property
     def baseline(self) -> str:
         return self.arms[0].name
+
+    def free(self, name: str) -> int:
+        """Of the memory of the device that an arm runs on."""
+        told = self.loaded.get(name)
+        return self.free_bytes if told is None or told.gpu is None else self.device_free_bytes
 
     def facts(self) -> dict[str, Any]:
         """All that must be equal for another process to go on with the timed blocks."""

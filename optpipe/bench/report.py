@@ -61,7 +61,9 @@ def _design(outcome: Outcome, judgement: Judgement) -> Entry:
         "timing": "paired blocks, arms interleaved in random order, resident worker processes",
         "sessions": outcome.sessions,
         "anchored": sorted(outcome.anchored),
-        "resumed": resumed(outcome.measured.samples),
+        "resumed": resumed(
+            outcome.measured.samples, outcome.journal.part, outcome.journal.begun_ns
+        ),
         "prompts": [
             {**cell._asdict(), "ids_hash": _first(of)}
             for cell, of in outcome.measured.prompts.items()
@@ -106,7 +108,7 @@ def _told(arm: Arm, outcome: Outcome) -> Entry:
     loaded, starts = outcome.loaded.get(arm.name), outcome.starts.get(arm.name, [])
     why = outcome.absent(arm.name) or "its files were not read"
     started = cold.entry(starts, cold.shape(outcome), "" if starts else why)
-    held = capacity.entry(loaded, outcome.free_bytes, "" if loaded else why)
+    held = capacity.entry(loaded, outcome.free(arm.name), "" if loaded else why)
     names = ("weight_bytes", "dtype", "device", "decoding")
     told: Entry = {
         **{name: None if loaded is None else getattr(loaded, name) for name in names},

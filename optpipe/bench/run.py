@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -58,26 +59,28 @@ def run(
     StageError if an arm broke, which costs that arm only; TimingError if a verdict is INVALID.
     """
     started, start_s, about = datetime.now(UTC), time.perf_counter(), machine.describe()
-    with shown("bench") as progress:
-        outcome = measure_arms(arms(artifacts, bench), bench, scenarios, progress, tasks)
-        progress("bottlenecks", 0, 1)
-        physics = _physics(outcome)
-    facts = {
-        **context,
-        "started": started.isoformat(timespec="seconds"),
-        "duration_s": time.perf_counter() - start_s,
-        "seed": bench.seed,
-        "threads": bench.thread_count,
-        "versions": machine.versions(),
-        "machine": about,
-        "preflight": preflight.checks(about, outcome),
-        "bench": asdict(bench),
-        "scenarios": {name: asdict(scenario) for name, scenario in scenarios.items()},
-    }
-    found = report.build(outcome, facts)
-    bottleneck.attach(found, physics.costs, physics.ceilings, physics.host_s)
-    report.write(found, outcome.measured.samples, out)
-    outcome.journal.remove()
+    with ExitStack() as held:
+        with shown("bench") as progress:
+            given = arms(artifacts, bench)
+            outcome = measure_arms(given, bench, scenarios, progress, tasks, held)
+            progress("bottlenecks", 0, 1)
+            physics = _physics(outcome)
+        facts = {
+            **context,
+            "started": started.isoformat(timespec="seconds"),
+            "duration_s": time.perf_counter() - start_s,
+            "seed": bench.seed,
+            "threads": bench.thread_count,
+            "versions": machine.versions(),
+            "machine": about,
+            "preflight": preflight.checks(about, outcome),
+            "bench": asdict(bench),
+            "scenarios": {name: asdict(scenario) for name, scenario in scenarios.items()},
+        }
+        found = report.build(outcome, facts)
+        bottleneck.attach(found, physics.costs, physics.ceilings, physics.host_s)
+        report.write(found, outcome.measured.samples, out)
+        outcome.journal.remove()
     tables.show(found)
     _whole(outcome)
     gate.check(found, bench.quality, [*outcome.changed.values(), *outcome.unlike])
@@ -111,8 +114,9 @@ def measure_arms(
     scenarios: Mapping[str, Scenario],
     progress: Progress,
     tasks: EvalConfig | None = None,
+    held: ExitStack | None = None,
 ) -> Outcome:
-    """Every arm in every cell; the first arm is the baseline."""
+    """Every arm in every cell; the first arm is the baseline. ``held`` keeps the journal open."""
     given = [*given, *endpoints(given, scenarios)]
     baseline = given[0]
     idle = {arm.name: f"not benchmarked: {why}" for arm in given if (why := arm.missing())}
@@ -127,7 +131,8 @@ def measure_arms(
         sessions=groups,
         left_out={**left_out, **idle},
         bench=bench,
-        free_bytes=free,
+        free_bytes=int(machine.available_bytes() * SHARE_OF_MEMORY),
+        device_free_bytes=int((machine.device_free_bytes() or 0) * SHARE_OF_MEMORY),
     )
     outcome.measured.scenarios, outcome.tasks = scenarios, tasks
     outcome.measured.dropped = _not_for_endpoints(outcome)
@@ -135,10 +140,11 @@ def measure_arms(
     outcome.content = _hashes(given)
     outcome.instrument = selftest(SHORT_RUNS)
     named = {arm.name: arm for arm in given} | {AGAIN: replace(baseline, name=AGAIN)}
-    with journal.opened(bench.journal, outcome.facts) as outcome.journal:
+    with ExitStack() if held is None else nullcontext(held) as keeps:
+        outcome.journal = keeps.enter_context(journal.opened(bench.journal, outcome.facts))
         for number, names in enumerate(groups):
             _group(outcome, number, [named[name] for name in names], progress)
-    cold.again(outcome, reside, progress)
+        cold.again(outcome, reside, progress)
     outcome.changed = gate.changed(outcome.content, _hashes(given))
     outcome.unlike = gate.audit(_emitted(outcome), outcome.judged.expected)
     return outcome

@@ -172,7 +172,10 @@ def test_it_is_kept_by_one_process_where_a_boot_has_a_name_and_a_folder_is_given
     with opened(str(tmp_path), lambda: FACTS) as kept:
         with opened(str(tmp_path), lambda: FACTS) as second:
             assert second.stream is None and "another process" in caplog.text
-        kept.remove()
+        kept.add(entry(PLAIN))
+        with kept.file.open("rb") as late:
+            kept.remove()
+            assert late.read() == b"", "nor does who opened it just before copy its blocks"
     assert not [*tmp_path.iterdir()]
     assert not read(tmp_path, {**FACTS, "boot": None}) and "does not name its boot" in caplog.text
     with opened(None, None) as nothing:
@@ -205,5 +208,7 @@ def test_a_part_is_told_by_its_blocks_and_its_pause():
     second = replace(PLAIN, part=1, block=2, submit_ns=5 * 10**9, done_ns=6 * 10**9)
     assert resumed([*first, second]) == [{"after_blocks": 2, "pause_s": 3.0}]
     assert resumed(first) == [] == resumed([])
+    assert resumed(first, 1, 9 * 10**9) == [{"after_blocks": 2, "pause_s": 7.0}], "nothing was left"
+    assert resumed([*first, second], 1, 0) == resumed([*first, second])
     assert Journal(entries=[entry(*first), entry(second)]).part == 2
     assert Journal(entries=[entry(*first), entry(second)]).spent_s(0) == 3 + 1

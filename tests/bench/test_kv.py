@@ -9,6 +9,8 @@ from optpipe.artifact import Artifact
 from optpipe.bench import capacity, ort, paged
 from optpipe.bench.backend import open_backend
 from optpipe.bench.kv import KvCache
+from optpipe.bench.outcome import Outcome
+from optpipe.bench.policy import BenchConfig
 from optpipe.bench.scenario import Cell
 from optpipe.bench.worker import Loaded
 
@@ -71,6 +73,18 @@ def test_an_artifact_tells_its_room_or_why_it_does_not():
         empty = capacity.entry(loaded, 9, why)["kv_cache"]
         assert {*empty["reasons"].values()} == {why or capacity.UNTOLD}
         assert capacity.sequences(loaded, CELL, 9, why)[0] is None
+
+
+def test_room_is_of_the_device_that_an_arm_runs_on(arm):
+    """A GPU may have more memory than its host, or less."""
+    loaded = {"cpu": told(GROWS), "gpu": told(GROWS, gpu="GPU-1")}
+    outcome = Outcome(
+        arms=[arm("cpu"), arm("gpu")], cells=[CELL], sessions=[], left_out={}, bench=BenchConfig(),
+        loaded=loaded, free_bytes=50_000, device_free_bytes=90_000,
+    )  # fmt: skip
+    assert (outcome.free("cpu"), outcome.free("gpu"), outcome.free("lost")) == (
+        50_000, 90_000, 50_000,
+    )  # fmt: skip
 
 
 def test_what_torch_holds_is_what_is_counted(tiny):

@@ -187,6 +187,7 @@ def test_arms_must_fit_in_the_memory_of_the_gpu(monkeypatch):
         monkeypatch.setattr(machine.nvml, "gpus", lambda gpus=gpus: gpus)
         monkeypatch.setattr(machine, "_version", lambda _, torch=torch: torch)
         assert machine.free_bytes() == free
+        assert machine.device_free_bytes() == (3e9 if gpus else None)
 
 
 def test_reports_show_what_failed():

@@ -22,6 +22,7 @@ from optpipe.bench.fidelity.quality import QualityConfig
 from optpipe.bench.pages import schema
 from optpipe.bench.run import run
 from optpipe.bench.scenario import Objective, Scenario, Serving
+from optpipe.bench.timed.journal import opened
 from optpipe.bench.timed.measure import BenchConfig
 from optpipe.bench.worker import Arm
 from optpipe.errors import TimingError
@@ -65,10 +66,18 @@ def test_a_run_with_a_server_reports_goodput_and_queue_of_every_arm(
         "single": Scenario(prompt_tokens=[8], new_tokens=3),
         "server": Scenario(batch=[2], prompt_tokens=[8], new_tokens=3, serving=serving),
     }
-    out = tmp_path / "out"
+    out, journals, surveyed = tmp_path / "out", tmp_path / "journals", run_module.survey
+
+    def survey(*given):
+        [file] = journals.iterdir()
+        with opened(bench.journal, lambda: json.loads(file.read_text().splitlines()[0])) as second:
+            assert second.stream is None, "all is timed, but it is another's until the report is"
+        return surveyed(*given)
+
+    monkeypatch.setattr(run_module, "survey", survey)
     with suppress(TimingError):  # where others disturb it, and that is said
         run(made, bench, scenarios, out, {"command": ["optpipe"], "overrides": []})
-    assert [*(tmp_path / "journals").iterdir()] == [], "it is whole: nobody has to go on with it"
+    assert [*journals.iterdir()] == [], "it is whole: nobody has to go on with it"
     found = json.loads((out / "report.json").read_text())
     schema.check(found)
     for artifact in found["artifacts"]:

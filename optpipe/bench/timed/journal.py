@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -71,6 +72,7 @@ class Journal:
     file: Path | None = None
     entries: Sequence[Entry] = ()
     """Of the processes before this one."""
+    begun_ns: int = field(default_factory=time.perf_counter_ns)
 
     @cached_property
     def part(self) -> int:
@@ -98,7 +100,9 @@ class Journal:
         self.stream.flush()
 
     def remove(self) -> None:
-        """The report is written: nobody has to go on from here."""
+        """The report is written: nobody has to go on from here, nor may who has just opened it."""
+        if self.stream is not None:
+            self.stream.truncate(0)
         if self.file is not None:
             self.file.unlink(missing_ok=True)
 
@@ -107,6 +111,7 @@ class Journal:
 def opened(folder: str | None, tell: Callable[[], Facts]) -> Iterator[Journal]:
     """The journal of the benchmark that ``tell`` tells the facts of, begun or gone on with.
 
+    To be left once the report is written: a second process would copy its blocks until then.
     None: it is not kept, nor is it where the system does not name its boot or another process
     keeps it. Removes what another boot of this machine left.
     """

@@ -60,18 +60,23 @@ class Sample:
         return metrics(self.submit_ns, self.start_ns, self.token_ns, self.cell.batch)
 
 
-def resumed(samples: Iterable[Sample]) -> list[dict[str, Any]]:
-    """After how many blocks of all cells a run that was killed went on, and how long it paused."""
+def resumed(samples: Iterable[Sample], part: int = 0, begun_ns: int = 0) -> list[dict[str, Any]]:
+    """After how many blocks of all cells a run that was killed went on, and how long it paused.
+
+    The last ``part`` began at ``begun_ns``, and may have found nothing left to time.
+    """
     parts: dict[int, list[Sample]] = {}
     for sample in samples:
         parts.setdefault(sample.part, []).append(sample)
+    if part:
+        parts.setdefault(part, [])
     found, blocks = [], set[tuple[int, Cell, int]]()
     last_ns = 0
     for part, own in sorted(parts.items()) if len(parts) > 1 else ():
         if part:
-            pause_s = (min(s.submit_ns for s in own) - last_ns) / 1e9
+            pause_s = (min((s.submit_ns for s in own), default=begun_ns) - last_ns) / 1e9
             found.append({"after_blocks": len(blocks), "pause_s": pause_s})
-        last_ns = max(s.done_ns or s.submit_ns for s in own)
+        last_ns = max((s.done_ns or s.submit_ns for s in own), default=last_ns)
         blocks |= {(s.session, s.cell, s.block) for s in own if s.block >= 0}
     return found
 
