@@ -26,6 +26,9 @@ WARM = 1000
 """Prompts below this number are those of the warm-up."""
 RERUNS = 1.5
 """Most blocks that are begun, as a multiple of those wanted: tainted ones are run again."""
+AFRESH = 15
+"""Warm-up iterations, if there is time, of a session that goes on in the midst of a cell: too few
+blocks may be left to show a start that a whole session would show."""
 SEARCH_SHARE = 0.5
 """Of the time of a cell that the search for a rate may take."""
 
@@ -61,8 +64,10 @@ class Timer:
         end_ns = clock() + int(min(config.warmup_s, left_s) * 1e9)
         taken: dict[str, list[float]] = defaultdict(list)
         number = first = blocks.warmed
+        seen = first + (AFRESH if blocks.past else 0)
         while number < first + config.warmup or (
-            clock() < end_ns and not all(settled(taken[n]) for n in blocks.arms())
+            clock() < end_ns
+            and not (number >= seen and all(settled(taken[n]) for n in blocks.arms()))
         ):
             if not blocks.arms() or number >= WARM:
                 return
