@@ -1,5 +1,7 @@
 """T13: a benchmark that is killed goes on where it was, and loses the block in progress at most."""
 
+import errno
+import fcntl
 import json
 import logging
 from contextlib import suppress
@@ -214,6 +216,17 @@ def test_it_is_kept_by_one_process_where_a_boot_has_a_name_and_a_folder_is_given
         nothing.add(entry(PLAIN))
         nothing.remove()
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_file_system_without_locks_costs_the_journal_alone(tmp_path, monkeypatch, caplog):
+    def flock(stream, how):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with opened(str(tmp_path), lambda: FACTS) as kept:
+        assert kept.stream is None
+        kept.add(entry(PLAIN))
+    assert caplog.text.strip().endswith("cannot be locked: Function not implemented")
 
 
 def test_the_facts_of_a_run_hold_its_settings_and_no_folder(arm):

@@ -125,8 +125,8 @@ def opened(folder: str | None, tell: Callable[[], Facts]) -> Iterator[Journal]:
     file = Path(folder) / f"{fingerprint(facts)}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a+b") as stream:
-        if not _locked(stream):
-            log.warning("benchmark: not kept in case it is killed: %s", ELSEWHERE)
+        if (why := _lock(stream)) is not None:
+            log.warning("benchmark: not kept in case it is killed: %s", why)
             yield Journal()
             return
         entries = _begun(stream, facts)
@@ -137,15 +137,17 @@ def opened(folder: str | None, tell: Callable[[], Facts]) -> Iterator[Journal]:
         yield Journal(stream=stream, file=file, entries=entries)
 
 
-def _locked(stream: BinaryIO) -> bool:
-    """Whether it is ours now; the lock ends with this process, however it ends."""
+def _lock(stream: BinaryIO) -> str | None:
+    """Why it is not ours now, if so; the lock ends with this process, however it ends."""
     import fcntl  # not on Windows, where no boot has a name
 
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return False
-    return True
+        return ELSEWHERE
+    except OSError as error:  # some file systems of clusters lock nothing
+        return f"'{stream.name}' cannot be locked: {error.strerror}"
+    return None
 
 
 def _begun(stream: BinaryIO, facts: Facts) -> list[Entry]:
