@@ -252,7 +252,11 @@ def test_a_host_that_takes_the_time_is_what_binds(report):
     times = [report_time(report, name) for name in ("quant", "quant+export+build")]
     assert engine["speedup"] == pytest.approx(times[0] / times[1])
     assert engine["executed_speedup"] is None and engine["reasons"]["executed_speedup"]
-    report["artifacts"][2]["format"] = "onnx"
+    report["artifacts"][2]["dtype"] = "float16"
+    found = attached(report, {key: {"prefill": 0.0, "decode": 0.5 * report_time(report, "quant")}})
+    engine = next(r for r in found[1]["phase"]["decode"]["remedies"] if r["name"] == "an engine")
+    assert engine["artifact"] is None, "half the bytes are not the doing of the engine"
+    report["artifacts"][2] |= {"dtype": "float32", "format": "onnx"}
     found = attached(report, {key: {"prefill": 0.0, "decode": 0.5 * report_time(report, "quant")}})
     engine = next(r for r in found[1]["phase"]["decode"]["remedies"] if r["name"] == "an engine")
     assert engine["artifact"] is None, "a canonical graph is built for no runtime"

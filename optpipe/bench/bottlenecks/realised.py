@@ -135,7 +135,7 @@ def _done(where: Place, later: Entry) -> dict[str, float | None]:
     own, done = where.artifact, dict[str, float | None]()
     if later["format"] != own["format"]:
         done[ENGINE if later["format"] in ENGINES else "runtime"] = None
-    elif later["dtype"] != own["dtype"]:
+    if later["dtype"] != own["dtype"]:
         done[later["dtype"]] = None
     made = _after(where, own)
     for stage in (a for a in made if a is later or later in _after(where, a)):
