@@ -16,7 +16,8 @@ import psutil
 from optpipe.bench import nvml
 
 PACKAGES = ("optpipe", "torch", "transformers", "onnx", "onnxruntime", "onnxruntime-gpu", "numpy",
-            "tokenizers", "hydra-core", "nvidia-modelopt", "tensorrt", "tensorrt-rtx")  # fmt: skip
+            "tokenizers", "hydra-core", "nvidia-modelopt", "tensorrt", "tensorrt-rtx",
+            "tensorrt-llm", "vllm", "triton")  # fmt: skip
 STATUS = Path("/proc/self/status")
 CGROUP = Path("/sys/fs/cgroup")
 FREQUENCY = Path("/sys/devices/system/cpu/cpu0/cpufreq")
@@ -25,8 +26,11 @@ LASTING = ("cpu", "cores_usable", "container_cores", "container_bytes", "governo
            "isa", "memory_bytes", "os", "python", "environment")  # fmt: skip
 GPU_LASTING = ("name", "driver", "sm_max_mhz", "memory_max_mhz", "power_limit_w", "mig")
 VARIABLES = ("OMP_", "KMP_", "MKL_", "OPENBLAS_", "GOMP_", "ORT_", "CUDA_", "NVIDIA_", "PYTORCH_",
-             "TORCH_", "MALLOC_", "LD_PRELOAD")  # fmt: skip
+             "TORCH_", "MALLOC_", "LD_PRELOAD", "VLLM_", "TLLM_", "TRTLLM_", "TRITON_",
+             "NCCL_")  # fmt: skip
 """Beginnings of environment variables that can change a measurement."""
+SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")
+"""In the name of one that is in no report, such as NVIDIA_API_KEY."""
 
 
 def describe() -> dict[str, Any]:
@@ -58,9 +62,13 @@ def describe() -> dict[str, Any]:
         "os": platform.platform(),
         "python": platform.python_version(),
         "load": list(psutil.getloadavg()),
-        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(VARIABLES)},
+        "environment": {k: v for k, v in sorted(os.environ.items()) if _tells(k)},
         "reasons": {key: reason for key, reason in why.items() if known[key] is None},
     }
+
+
+def _tells(variable: str) -> bool:
+    return variable.startswith(VARIABLES) and not any(word in variable for word in SECRET)
 
 
 def lasting(about: Mapping[str, Any]) -> dict[str, Any]:

@@ -178,6 +178,19 @@ def test_the_gpu_that_cuda_takes_first(visible, uuid):
     assert (found and found["uuid"]) == uuid
 
 
+def test_variables_are_told_but_no_secret(monkeypatch):
+    for name in ("NVIDIA_API_KEY", "VLLM_API_KEY", "VLLM_USE_V1", "NVIDIA_TF32_OVERRIDE"):
+        monkeypatch.setenv(name, "1")
+    found = machine.describe()["environment"]
+    assert {"VLLM_USE_V1", "NVIDIA_TF32_OVERRIDE"} <= found.keys()
+    assert not {"NVIDIA_API_KEY", "VLLM_API_KEY"} & found.keys()
+
+
+def test_what_engines_bring_is_part_of_the_environment(monkeypatch):
+    monkeypatch.setattr(machine, "_version", lambda name: "1")
+    assert {"vllm", "tensorrt-llm", "tensorrt-rtx", "torch"} <= machine.versions().keys()
+
+
 def test_arms_must_fit_in_the_memory_of_the_gpu(monkeypatch):
     gpu = {"uuid": "GPU-a", "memory_bytes": 8e9, "memory_used_bytes": 5e9}
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
