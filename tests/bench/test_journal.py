@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import logging
+import platform
 from contextlib import suppress
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ import pytest
 from simulated import CELLS, SCENARIOS, Machine, SimWorker, built, session, speedups
 from test_raw import PLAIN, SERVED
 
+from optpipe.bench import machine
 from optpipe.bench.outcome import Outcome
 from optpipe.bench.timed.journal import Entry, Journal, opened
 from optpipe.bench.timed.measure import BenchConfig, Measured
@@ -141,6 +143,39 @@ def test_a_start_that_no_part_alone_can_show_is_no_difference(pair, tmp_path):
     assert not {"SLOWER", "FASTER"} & {*found}, found
 
 
+def test_a_late_start_of_the_second_part_is_cut_there(pair, tmp_path):
+    def late(answer, ids, worker):
+        """Twice as slow in 3 iterations of warm-up and 4 blocks."""
+        trace = answer.trace
+        times = 2 if worker.iterations <= 7 else 1
+        stamps = tuple(trace.start_ns + times * (t - trace.start_ns) for t in trace.token_ns)
+        return replace(answer, trace=replace(trace, token_ns=stamps))
+
+    machine = Machine(0, sd=0.01, drift=0, bursts=0)
+    with opened(str(tmp_path), lambda: FACTS) as kept, pytest.raises(KeyboardInterrupt):
+        session(machine, pair, workers(machine, killed_at=3 + 3), CONFIG, CELLS[:1], journal=kept)
+    first, again, _ = workers(machine)
+    arms = [first, again, SimWorker(machine, "copy", spoil=late)]
+    with opened(str(tmp_path), lambda: FACTS) as kept:
+        outcome = session(machine, pair, arms, CONFIG, CELLS[:1], journal=kept)
+    timed = [s for s in outcome.measured.samples if s.block >= 0]
+    cut = {(s.part, s.block) for s in timed if s.reason == "warmup"}
+    assert {(1, 2), (1, 3), (1, 4), (1, 5)} <= cut, "those of the first part are right"
+    assert {part for part, _ in cut} == {1} and len(cut) <= 8
+
+
+def test_turns_are_as_long_as_before_however_fast_the_arms_have_become(pair, tmp_path):
+    config = replace(CONFIG, turn_s=0.3)
+    half = {name: scale / 2 for name, scale in SCALES.items()}
+    outcome, _ = interrupted(pair, str(tmp_path), quiet(), 40, config, half)
+    counts = {
+        (cell, block): len(arms)
+        for (cell, block), arms in turns(outcome).items()
+        if cell == CELLS[0]
+    }
+    assert len({*counts.values()}) == 1 and {s.part for s in outcome.measured.samples} == {0, 1}
+
+
 def test_arms_that_were_dropped_or_died_stay_so(tmp_path):
     known = dict(session=0, cell=CELLS[0], iterations=2, done=False, rate_per_s=None, hurried="h",
                  stopped=None, prompts={7: "ab"}, dropped={"a": "slow"}, slow_starts={"b": "once"},
@@ -244,6 +279,8 @@ def test_the_facts_of_a_run_hold_its_settings_and_no_folder(arm):
     assert "journal" not in facts["bench"] and "cache" not in facts["bench"]["quality"]
     assert facts["artifacts"] == {"baseline": "f"} and facts["sessions"] == [["baseline"]]
     assert {"machine", "versions", "boot", "code", "scenarios"} <= {*facts}
+    assert facts["boot"] == machine.boot() and facts["versions"] == machine.versions()
+    assert facts["machine"]["memory_bytes"] and facts["node"] == platform.node()
     assert "load" not in facts["machine"] and facts == outcome.facts()
 
 
