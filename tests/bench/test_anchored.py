@@ -120,3 +120,18 @@ def test_one_that_was_killed_goes_on_with_the_residence_it_was_in(alternate, tmp
         (block, name) for block in range(8) for name in ("baseline", "big")
     ]
     assert {s.part for s in timed} == {0, 1} and {s.probe_s for s in timed} == {0.01, 0.02}
+
+
+def test_after_a_kill_both_arms_still_answer_the_same_requests(alternate, tmp_path):
+    """The second is twice as fast, and the first to be loaded again."""
+    facts = {"artifacts": {}, "node": "n", "boot": "b"}
+    with opened(str(tmp_path), lambda: facts) as kept, pytest.raises(KeyboardInterrupt):
+        alternate(kept, killed_at=1, turn_s=0.4)
+    with opened(str(tmp_path), lambda: facts) as kept:
+        outcome, loads, _ = alternate(kept, turn_s=0.4)
+    assert loads[:2] == ["baseline", "big"]
+    asked = {}
+    for sample in (s for s in outcome.measured.samples if s.reason is None):
+        asked.setdefault((sample.arm, sample.block), []).append(sample.prompt)
+    assert len(asked["big", 0]) > 1
+    assert all(asked["baseline", block] == asked["big", block] for block in range(8))
