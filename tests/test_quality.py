@@ -151,7 +151,7 @@ def test_a_low_rank_correction_takes_back_a_quarter_of_what_three_bits_cost(cost
 @pytest.mark.long
 def test_eight_bits_for_inputs_too_are_nearly_free(cost):
     """fp8 costs about 1 %; int8 wants a scale for every token, or outliers smoothed away."""
-    assert cost(Fp8(calib=CALIB)) < 1.012
+    assert cost(Fp8(weights="channel", calib=CALIB)) < 1.01 and cost(Fp8(calib=CALIB)) < 1.012
     token, static = (cost(Int8(activations=a, calib=CALIB)) for a in ("token", "tensor"))
     smooth = SmoothQuant(alpha=0.75, linears=True, calib=CALIB)
     assert token < cost(smooth, Int8(calib=CALIB)) < static < 1.02
