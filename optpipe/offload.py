@@ -32,7 +32,9 @@ class Offloaded:
         self._tensors = list(tensors)
         size = sum(_room(tensor) for tensor in self._tensors)
         with TemporaryFile(dir=folder) as file:
-            os.posix_fallocate(file.fileno(), 0, size)  # a page without a disk block kills us later
+            file.truncate(size)
+            if hasattr(os, "posix_fallocate"):  # not on macOS; later, a full disk would kill us
+                os.posix_fallocate(file.fileno(), 0, size)
             self._map = mmap.mmap(file.fileno(), size)
         self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
         values = [tensor.data for tensor in self._tensors]

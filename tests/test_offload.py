@@ -41,6 +41,13 @@ def test_values_and_objects_stay_and_changes_are_kept(tmp_path):
     assert torch.equal(layer.bias.grad, torch.full((3,), 2.0))
 
 
+def test_a_system_that_cannot_reserve_disk_has_the_values_too(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "posix_fallocate")
+    tensor = torch.arange(5.0)
+    Offloaded([tensor], tmp_path)
+    assert torch.equal(tensor, torch.arange(5.0))
+
+
 def test_memory_is_taken_only_while_tensors_are_used(tmp_path):
     tensor = torch.full((64 * MB // 4,), 2.0)
     start = resident()
