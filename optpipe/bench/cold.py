@@ -6,6 +6,7 @@ is made where the time allows. Files may lie in the page cache.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +20,8 @@ from optpipe.bench.timed.samples import AGAIN
 from optpipe.bench.worker import Iterate, Iteration, Worker
 from optpipe.errors import StageError
 from optpipe.stage import Progress
+
+log = logging.getLogger(__name__)
 
 STARTS = 3
 SHARE = 0.1
@@ -74,7 +77,9 @@ def again(outcome: Outcome, reside: Reside, progress: Progress) -> None:
             return
         if outcome.absent(name) is None:
             with reside([named[name]], progress) as residents:
-                outcome.measured.dead |= {**note(outcome, residents), **residents.broken}
+                failed = {**note(outcome, residents), **residents.broken}
+            for why in failed.values():  # it was judged and timed, so only this start is lost
+                log.warning("benchmark: a further cold start failed: %s", why)
 
 
 def entry(starts: Sequence[Start], asked: Cell, why: str) -> Entry:

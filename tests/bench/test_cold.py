@@ -1,6 +1,7 @@
 """Cold starts: which requests are first ones, what they cost, and when there is a third."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -84,6 +85,18 @@ def test_third_starts_are_made_while_they_fit_in_their_time(outcome, local, monk
     given.broken["gone"] = "it broke"
     cold.again(given, reside, lambda *_: None)
     assert started == ["quick"] and len(given.starts["quick"]) == 3
+
+
+def test_a_third_start_that_fails_leaves_the_arm_as_it_was(outcome, caplog):
+    @contextmanager
+    def reside(arms, progress):
+        yield replace(residents(), broken={arm.name: "no memory left" for arm in arms})
+
+    given = outcome("small")
+    given.starts = {"small": [Start(0.1, 0.1, 0.1)] * 2}
+    cold.again(given, reside, lambda *_: None)
+    assert given.measured.dead == {} and given.absent("small") is None
+    assert "no memory left" in caplog.text
 
 
 def test_a_report_has_medians_and_every_start():

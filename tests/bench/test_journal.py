@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import logging
+import os
 import platform
 from contextlib import suppress
 from dataclasses import replace
@@ -294,3 +295,36 @@ def test_a_part_is_told_by_its_blocks_and_its_pause():
     assert resumed([*first, second], 1, 0) == resumed([*first, second])
     assert Journal(entries=[entry(*first), entry(second)]).part == 2
     assert Journal(entries=[entry(*first), entry(second)]).spent_s(0) == 3 + 1
+
+
+def test_a_full_disk_costs_the_journal_alone(tmp_path, monkeypatch, caplog):
+    """The second block is written in part; what was whole is gone on with."""
+    real, room = os.write, [10_000]
+
+    def write(descriptor, data):
+        if not room[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        done = real(descriptor, data[: room[0]])
+        room[0] -= done
+        return done
+
+    monkeypatch.setattr(os, "write", write)
+    with opened(str(tmp_path), lambda: FACTS) as kept:
+        kept.add(entry(PLAIN))
+        room[0] = 10
+        kept.add(entry(SERVED))
+        assert kept.stream is None
+    assert caplog.text.strip().endswith("No space left on device")
+    monkeypatch.undo()
+    assert [[*one.samples] for one in read(tmp_path)] == [[PLAIN]]
+
+
+def test_the_journal_of_another_process_is_left_alone(tmp_path):
+    """On a shared disk two machines may have the same name, and neither boot is the other's."""
+    write(tmp_path, entry(PLAIN))
+    [file] = tmp_path.iterdir()
+    with file.open("rb") as theirs:
+        fcntl.flock(theirs, fcntl.LOCK_EX)
+        assert read(tmp_path, {**FACTS, "boot": "b2"}) == [] and file.exists()
+    write(tmp_path, entry(PLAIN))
+    assert len(read(tmp_path)) == 2

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -96,8 +97,11 @@ class Journal:
             return
         mark = {**vars(entry), "samples": len(entry.samples)}
         lines = [*encode(entry.samples), json.dumps(mark)]
-        self.stream.write("".join(f"{line}\n" for line in lines).encode("ascii"))
-        self.stream.flush()
+        try:
+            _append(self.stream, "".join(f"{line}\n" for line in lines).encode("ascii"))
+        except OSError as error:  # the disk is full: what is measured is not lost by it
+            log.warning("benchmark: no longer kept in case it is killed: %s", error.strerror)
+            self.stream = None
 
     def remove(self) -> None:
         """The report is written: nobody has to go on from here, nor may who has just opened it."""
@@ -167,9 +171,14 @@ def _begun(stream: BinaryIO, facts: Facts) -> list[Entry]:
         samples, whole = [], read
     stream.truncate(whole)
     if not whole:
-        stream.write(json.dumps(facts).encode("ascii") + b"\n")
-        stream.flush()
+        _append(stream, json.dumps(facts).encode("ascii") + b"\n")
     return found
+
+
+def _append(stream: BinaryIO, data: bytes) -> None:
+    """Past the buffer, which would try again when it is closed what the disk had no room for."""
+    while data:
+        data = data[os.write(stream.fileno(), data) :]
 
 
 def _entry(record: dict[str, Any], samples: list[Sample]) -> Entry:
@@ -193,9 +202,8 @@ def _others(file: Path, facts: Facts) -> None:
     own = json.loads(json.dumps(facts))
     for other in (path for path in file.parent.glob("*.jsonl") if path != file):
         with other.open("rb") as stream:
-            head = _parsed(stream.readline())
-        if head is None:
-            continue
+            if _lock(stream) is not None or (head := _parsed(stream.readline())) is None:
+                continue  # somebody is at it, or it has not begun
         if head["artifacts"].keys() == own["artifacts"].keys():
             differ = ", ".join(_differ(head, own))
             log.info(
