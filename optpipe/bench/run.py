@@ -137,7 +137,7 @@ def measure_arms(
     outcome.measured.scenarios, outcome.tasks = scenarios, tasks
     outcome.measured.dropped = _not_for_endpoints(outcome)
     outcome.measured.texts = read_texts(scenarios, baseline.artifact.path)
-    outcome.content = _hashes(given)
+    outcome.content = gate.content_hashes(given)
     outcome.instrument = selftest(SHORT_RUNS)
     named = {arm.name: arm for arm in given} | {AGAIN: replace(baseline, name=AGAIN)}
     with ExitStack() if held is None else nullcontext(held) as keeps:
@@ -145,7 +145,7 @@ def measure_arms(
         for number, names in enumerate(groups):
             _group(outcome, number, [named[name] for name in names], progress)
         cold.again(outcome, reside, progress)
-    outcome.changed = gate.changed(outcome.content, _hashes(given))
+    outcome.changed = gate.changed(outcome.content, gate.content_hashes(given))
     outcome.unlike = gate.audit(_emitted(outcome), outcome.judged.expected)
     return outcome
 
@@ -156,13 +156,6 @@ def _not_for_endpoints(outcome: Outcome) -> dict[tuple[str, Cell], str]:
     plain = [cell for cell in outcome.cells if scenarios[cell.scenario].serving is None]
     served = (arm.name for arm in outcome.arms if arm.endpoint)
     return {(name, cell): ONLY_REQUESTS for name in served for cell in plain}
-
-
-def _hashes(given: Sequence[Arm]) -> dict[str, str]:
-    """Of the files of every arm; arms of the same files are hashed once."""
-    artifacts = {arm.artifact.path: arm.artifact for arm in given}
-    found = {path: gate.content_hash(artifact) for path, artifact in artifacts.items()}
-    return {arm.name: found[arm.artifact.path] for arm in given}
 
 
 def _group(outcome: Outcome, number: int, given: Sequence[Arm], progress: Progress) -> None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from optpipe.artifact import Artifact
 from optpipe.bench.fidelity.quality import BUNDLED, TIERS, QualityConfig
 from optpipe.bench.scenario import Cell
+from optpipe.bench.worker import Arm
 from optpipe.errors import GateError
 
 DEGRADED, NONE = "degraded", "-"
@@ -56,6 +57,13 @@ def content_hash(artifact: Artifact) -> str:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         total.update(f"{file.relative_to(artifact.path).as_posix()}\0{digest}\n".encode())
     return total.hexdigest()
+
+
+def content_hashes(arms: Sequence[Arm]) -> dict[str, str]:
+    """Of the files of every arm; arms of the same files are hashed once."""
+    artifacts = {arm.artifact.path: arm.artifact for arm in arms}
+    found = {path: content_hash(artifact) for path, artifact in artifacts.items()}
+    return {arm.name: found[arm.artifact.path] for arm in arms}
 
 
 def stop_tokens(folder: Path) -> frozenset[int]:
