@@ -61,10 +61,8 @@ def run(
     started, start_s, about = datetime.now(UTC), time.perf_counter(), machine.describe()
     with ExitStack() as held:
         with shown("bench") as progress:
-            given = arms(artifacts, bench)
-            outcome = measure_arms(given, bench, scenarios, progress, tasks, held)
-            progress("bottlenecks", 0, 1)
-            physics = _physics(outcome)
+            outcome = measure_arms(arms(artifacts, bench), bench, scenarios, progress, tasks, held)
+            physics = _physics(outcome, progress)
         facts = {
             **context,
             "started": started.isoformat(timespec="seconds"),
@@ -88,8 +86,9 @@ def run(
     return found
 
 
-def _physics(outcome: Outcome) -> Physics:
+def _physics(outcome: Outcome, progress: Progress) -> Physics:
     """Ceilings, costs and host times of all arms that are alive; the outcome gets its floors."""
+    progress("bottlenecks", 0, 1)
     alive = [a for a in outcome.arms if outcome.absent(a.name) is None and not a.endpoint]
     devices = {arm.name: outcome.loaded[arm.name].device for arm in alive}
     found = survey(alive, outcome.cells, outcome.bench.thread_count, devices)
