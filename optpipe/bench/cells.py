@@ -209,7 +209,7 @@ def _values(own: Turns | None, cell: Cell, why: str) -> tuple[Entry, dict[str, s
 
 
 def _bootstrap(base: Turns, own: Turns, cell: Cell, seed: int) -> Entry:
-    """Of the ratio of total tokens by total time, in blocks where both have as many requests."""
+    """Of the ratio of total tokens by total time, in blocks where both have all their requests."""
     times = []
     for turns in (base, own):
         by_block: dict[tuple[int, int], list[float]] = {}
@@ -217,13 +217,14 @@ def _bootstrap(base: Turns, own: Turns, cell: Cell, seed: int) -> Entry:
             if (e2e := of["e2e_s"]) is not None:
                 by_block.setdefault((sample.session, sample.block), []).append(e2e)
         times.append(by_block)
-    size = max(len(of) for of in times[0].values())
-    shared = [p for p, of in times[0].items() if len(of) == size == len(times[1].get(p, []))]
+    whole = [max(len(taken) for taken in of.values()) for of in times]
+    shared = [p for p in times[0] if [len(of.get(p, [])) for of in times] == whole]
     if len(shared) < resampling.FEWEST_BLOCKS:
         return {}
-    taken = [np.array([of[place] for place in shared]) for of in times]
-    tokens = np.full(taken[0].shape, float(cell.batch * cell.new_tokens))
-    low, high = resampling.hierarchical((tokens, tokens), (taken[0], taken[1]), seed)
+    base_s, own_s = (np.array([of[place] for place in shared]) for of in times)
+    tokens = float(cell.batch * cell.new_tokens)
+    amounts = np.full(base_s.shape, tokens), np.full(own_s.shape, tokens)
+    low, high = resampling.hierarchical(amounts, (base_s, own_s), seed)
     return {"ci_bootstrap": [float(np.exp(low)), float(np.exp(high))]}
 
 

@@ -17,7 +17,7 @@ from optpipe.bench.evidence.statistics import fewest_pairs
 from optpipe.bench.outcome import Outcome
 from optpipe.bench.resident import Reside, Residents
 from optpipe.bench.scenario import Cell
-from optpipe.bench.timed.blocks import Blocks, Session
+from optpipe.bench.timed.blocks import MOST_ITERATIONS, Blocks, Session
 from optpipe.bench.timed.timing import WARM, Timer
 from optpipe.stage import Progress
 
@@ -84,8 +84,8 @@ class Alternation:
         for entry in entries:
             entry.restore(self.outcome.measured)
             self.outcome.measured.samples += entry.samples
-            if entry.is_timed:
-                self.iterations[entry.cell] = entry.iterations
+            for count in entry.repeats.values():
+                self.iterations.setdefault(entry.cell, count)
         return {(s.arm, s.cell, s.block) for entry in entries for s in entry.samples}
 
     def _explain(self, pairs: int) -> None:
@@ -110,12 +110,13 @@ class Alternation:
     def _cell(self, timer: Timer, blocks: Sequence[int]) -> None:
         for _ in timer.warm_up():
             pass
-        # both arms answer the same requests, so that the first to be loaded says how many
-        given = timer.blocks
-        given.iterations = self.iterations.setdefault(given.cell, given.iterations)
+        given, repeats = timer.blocks, self.outcome.measured.repeats
+        for name in given.arms():  # the first arm to be loaded says how often both repeat
+            count = self.iterations.setdefault(given.cell, repeats[name, given.cell])
+            repeats[name, given.cell] = count
         for block in blocks:
             before_s = probe()
-            samples = given.run(block, WARM + block // 2 * given.iterations, None)
+            samples = given.run(block, WARM + block // 2 * MOST_ITERATIONS, None)
             probe_s = (before_s + probe()) / 2
             given.keep([replace(sample, probe_s=probe_s) for sample in samples])
 

@@ -142,6 +142,8 @@ class Measured:
     samples: list[Sample] = field(default_factory=list)
     dropped: dict[tuple[str, Cell], str] = field(default_factory=dict)
     """(arm, cell) -> why it has no numbers."""
+    repeats: dict[tuple[str, Cell], int] = field(default_factory=dict)
+    """(arm, cell) -> iterations of its turn in a timed block."""
     slow_starts: dict[tuple[str, Cell], str] = field(default_factory=dict)
     """(arm, cell) -> a warm-up iteration that took too long, where only one did."""
     dead: dict[str, str] = field(default_factory=dict)
