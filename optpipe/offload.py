@@ -37,11 +37,15 @@ class Offloaded:
                 os.posix_fallocate(file.fileno(), 0, size)
             self._map = mmap.mmap(file.fileno(), size)
         self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+        self._move()
+        trim()
+        self._let_go()
+
+    def _move(self) -> None:
         values = [tensor.data for tensor in self._tensors]
         self._place(self._bytes)
         for tensor, value in zip(self._tensors, values, strict=True):
             tensor.data.copy_(value)
-        self._let_go()
 
     @contextmanager
     def on(self, device: torch.device, changed: bool = False) -> Iterator[None]:
