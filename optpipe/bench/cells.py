@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from optpipe.bench import capacity, energy, rates
+from optpipe.bench import capacity, energy, peak, rates
 from optpipe.bench.bottlenecks import host
 from optpipe.bench.evidence import resampling
 from optpipe.bench.evidence.dependence import DEPENDENT, paired
@@ -31,13 +32,12 @@ from optpipe.bench.serving.request import pooled
 from optpipe.bench.timed.clock import METRICS, NO_STAMPS, ONE_TOKEN
 from optpipe.bench.timed.samples import AGAIN
 from optpipe.bench.timed.series import Turns, collect, pairs
+from optpipe.bench.worker import CPU
 
 FIELDS = (*METRICS, "peak_bytes")
 """What a cell holds a number of."""
 PERCENTILES = (50, 95, 99)
 OF_REQUESTS = ("ttft_s", "ttft_sched_s", "itl_s", "icl_s")
-NO_PEAK = "this system keeps no peak of resident memory that can be reset"
-OTHER_DEVICE = "it runs on another device than the baseline: their memories are two things"
 ONE_NUMBER = "a single number: nothing varies from block to block"
 HAND_OVER = "one request at a time never queues: this is the hand-over between two processes"
 ITSELF = "the baseline itself"
@@ -70,14 +70,17 @@ class Table:
             return None, why
         if base is None:
             return None, self._unpaired(name) or f"the baseline has no numbers here: {lost}"
-        if metric == "peak_bytes" and self._device(name) != self._device(self.outcome.baseline):
-            return None, OTHER_DEVICE
+        device, apart = self._device(self.outcome.baseline), 0.0
+        if metric == "peak_bytes" and self._device(name) != device:
+            return None, peak.OTHER_DEVICE
+        if metric == "peak_bytes" and name != AGAIN:
+            apart = peak.apart(base, self.timed(AGAIN, cell)[0], device == CPU)
         before, after = pairs(base, own, metric, anchored=True)
         if not before:
             return None, self._unpaired(name) or missing(metric, cell)
         logs = log_ratios(after, before) if metric == "tokens_per_s" else log_ratios(before, after)
         bench = self.outcome.bench
-        return exponential(paired(logs, bench.level, bench.margin)), ""
+        return exponential(paired(logs, bench.level, bench.margin, apart)), ""
 
     def cell(self, name: str, cell: Cell) -> Entry:
         """The whole entry of an arm; verdicts are added once the family of them is known."""
@@ -173,6 +176,11 @@ def interval(shift: Shift, level: float) -> Entry:
         reasons["dependent"] = (
             f"neighbouring blocks are alike (autocorrelation {shift.rho:.2f}): they count as fewer"
         )
+    if shift.apart:
+        reasons["processes"] = (
+            f"two processes of one arm may differ by {math.expm1(shift.apart):.1%} of memory "
+            "in all blocks alike: the interval is wider by that"
+        )
     if shift.disputed:
         reasons["disputed"] = "Student's interval disagrees with that of the signed rank: bursts"
     return {
@@ -194,7 +202,7 @@ def nothing(why: str) -> Entry:
 def missing(metric: str, cell: Cell) -> str:
     """Why a timed arm has no value of a metric."""
     if metric == "peak_bytes":
-        return NO_PEAK
+        return peak.NO_PEAK
     return ONE_TOKEN if metric == "tpot_s" and cell.new_tokens == 1 else NO_STAMPS
 
 

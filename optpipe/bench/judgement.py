@@ -52,9 +52,12 @@ class Judgement:
 
     @cached_property
     def unequal(self) -> dict[tuple[Cell, str], str]:
-        """Primary metrics in which they differ: whatever did that may favour any arm."""
+        """Primary metrics in which they differ: whatever did that may favour any arm.
+
+        Not their memory, in which processes do: that makes its intervals wider.
+        """
         bench = self.table.outcome.bench
-        tested = [(c, m) for c, m in self.pair if m in self.primary[c]]
+        tested = [(c, m) for c, m in self.pair if m in self.primary[c] and m != "peak_bytes"]
         family = [Evidence(shift=self.pair[key]) for key in tested]
         found = verdicts(family, len(bench.looks), bench.delta)
         return {

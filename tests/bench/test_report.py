@@ -17,11 +17,12 @@ from optpipe.bench import report
 from optpipe.bench import run as run_module
 from optpipe.bench.bottlenecks.ceilings import Ceilings
 from optpipe.bench.bottlenecks.physics import Physics
-from optpipe.bench.cells import HAND_OVER, NO_PEAK, ONE_NUMBER
+from optpipe.bench.cells import HAND_OVER, ONE_NUMBER
 from optpipe.bench.fidelity.divergence import Positions
 from optpipe.bench.fidelity.quality import Judged, QualityConfig, Windows
 from optpipe.bench.outcome import Outcome, Start
 from optpipe.bench.pages import tables
+from optpipe.bench.peak import NO_PEAK
 from optpipe.bench.resident import plan
 from optpipe.bench.run import arms, run
 from optpipe.bench.scenario import Cell, Scenario

@@ -9,9 +9,9 @@ from optpipe.bench.scenario import Cell, Scenario
 RNG = np.random.default_rng(0)
 
 
-def evidence(speedup, sd=0.01, n=20, **fields):
+def evidence(speedup, sd=0.01, n=20, equal=0.0, **fields):
     logs = RNG.normal(np.log(speedup), sd, n)
-    return Evidence(shift=exponential(paired(logs, margin=np.log(1.02))), **fields)
+    return Evidence(shift=exponential(paired(logs, margin=np.log(1.02), apart=equal)), **fields)
 
 
 def one(given, looks=1, delta=0.02):
@@ -33,6 +33,22 @@ def test_each_verdict(speedup, sd, verdict):
     assert found.verdict == verdict and found.reason
     assert (found.blocks_needed is not None) == (verdict == "INCONCLUSIVE")
     assert found.p_holm is not None and found.mde > 0
+
+
+def test_what_equal_arms_differ_by_is_no_difference_and_no_number_of_blocks_helps():
+    """Peaks of memory of two processes: 5 % apart, each alike in all blocks."""
+    assert one(evidence(1.04, 0.001)).verdict == "FASTER"
+    found = one(evidence(1.04, 0.001, equal=0.05))
+    assert found.verdict == "INCONCLUSIVE" and found.blocks_needed is None and found.p_holm > 0.5
+    assert "equal arms may differ by 5.0%" in found.reason and found.mde > 0.05
+    assert one(evidence(1.08, 0.001, equal=0.05)).verdict == "FASTER"
+    assert one(evidence(0.92, 0.001, equal=0.05)).verdict == "SLOWER"
+    assert one(evidence(1.0, 0.001, equal=0.05)).verdict == "INCONCLUSIVE"
+    near = one(evidence(1.0, 0.001, equal=0.01))
+    assert near.verdict == "EQUIVALENT" and one(evidence(1.015, 0.001)).verdict == "EQUIVALENT"
+    near, as_near = one(evidence(1.0, 0.03, equal=0.01)), one(evidence(1.0, 0.03))
+    assert near.verdict == as_near.verdict == "INCONCLUSIVE"
+    assert near.blocks_needed > 2 * as_near.blocks_needed
 
 
 def test_a_failed_check_beats_any_evidence_and_leaves_the_family():

@@ -106,25 +106,32 @@ def posterior(values: Sequence[float] | Floats) -> Posterior:
     return Posterior(weights / weights.sum(), means, errors, kept - 1)
 
 
-def paired(differences: Sequence[float], level: float = LEVEL, margin: float = 0.0) -> Shift:
+def paired(
+    differences: Sequence[float], level: float = LEVEL, margin: float = 0.0, apart: float = 0.0
+) -> Shift:
     """The Hodges-Lehmann shift with an interval and p-values that hold for dependent blocks too.
 
     ``p_margin`` is that of a shift of ``margin`` or more, either way; the interval lies within the
-    margin exactly where it is at most 1 - level.
+    margin exactly where it is at most 1 - level. ``apart``: equal arms may differ by so much in all
+    pairs; a shift has to be beyond it, the interval is wider by it at both ends.
     """
-    ranked = hodges_lehmann(differences, level)
+    ranked = replace(hodges_lehmann(differences, level), apart=apart)
     if len(differences) < FEWEST:
         return ranked
     values, dependent = np.asarray(differences, dtype=np.float64), posterior(differences)
-    centers = (0.0, margin, -margin)
+    nearest = math.copysign(min(apart, abs(ranked.estimate)), ranked.estimate)
+    inner = max(margin - apart, 0.0)
+    centers = (nearest, inner, -inner)
     p = [max(statistics.signed_rank_p(values, center), float(other))
          for center, other in zip(centers, dependent.p(*centers), strict=True)]  # fmt: skip
-    lower, upper = dependent.below([-margin, margin])
-    within = abs(ranked.estimate) < margin and lower < 1 / 2 < upper
+    lower, upper = dependent.below([-inner, inner])
+    within = abs(ranked.estimate) < inner and lower < 1 / 2 < upper
     low, high = dependent.interval(level)
+    if ranked.ci is not None:
+        low, high = min(low, ranked.ci[0]) - apart, max(high, ranked.ci[1]) + apart
     return replace(
         ranked,
-        ci=None if ranked.ci is None else (min(low, ranked.ci[0]), max(high, ranked.ci[1])),
+        ci=None if ranked.ci is None else (low, high),
         p=p[0],
         p_margin=max(p[1:]) if within else 1.0,
         rho=dependent.rho,

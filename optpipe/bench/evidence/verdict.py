@@ -7,6 +7,7 @@ it differs by less than delta; both p-values, doubled for two looks, go through 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -90,15 +91,17 @@ def _decide(
     if evidence.apart and verdict != INCONCLUSIVE:
         reason = f"not timed side by side, where it would be {verdict}: {reason}"
         verdict = INCONCLUSIVE
-    needed = None
-    if verdict == INCONCLUSIVE:
-        needed = max(blocks_needed(shift, delta, alpha), fewest_pairs(1 - alpha))
+    needed, mde = None, smallest_effect(shift, alpha)
+    if verdict == INCONCLUSIVE and shift.apart >= math.log1p(delta):
+        reason += f"; more blocks do not help, equal arms may differ by {shift.apart:.1%}"
+    elif verdict == INCONCLUSIVE:
+        needed = max(blocks_needed(shift, delta - shift.apart, alpha), fewest_pairs(1 - alpha))
     return Verdict(
         verdict=verdict,
         reason=reason,
         p_holm=both[1] if verdict == EQUIVALENT else both[0],
         blocks_needed=needed,
-        mde=smallest_effect(shift, alpha),
+        mde=None if mde is None else mde + shift.apart,
     )
 
 

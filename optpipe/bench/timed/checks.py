@@ -38,8 +38,8 @@ def failures(
 ) -> dict[Key, list[str]]:
     """What each arm did wrong in each cell, as 'name: details'; only those that did.
 
-    ``repeats``: the requests of a turn. Arms that are ``dead`` were ended, which says why they did
-    not answer.
+    ``repeats``: the requests of a turn, if more than one. Arms that are ``dead`` were ended, which
+    says why they did not answer.
     """
     found: dict[Key, list[str]] = defaultdict(list)
     for (arm, cell), own in turns.items():
@@ -161,7 +161,9 @@ def _lost(turns: Mapping[Key, Turns], repeats: Mapping[Key, int]) -> Iterator[tu
         blocks[cell] |= {(s.session, s.block) for s in own.samples}
     for (arm, cell), own in turns.items():
         sessions = {s.session for s in own.samples}
-        wanted = sum(session in sessions for session, _ in blocks[cell]) * repeats[arm, cell]
+        wanted = sum(session in sessions for session, _ in blocks[cell]) * repeats.get(
+            (arm, cell), 1
+        )
         if len(own.samples) < wanted:
             count = len(own.samples)
             yield (arm, cell), f"requests_lost: {count} answers to {wanted} requests"
