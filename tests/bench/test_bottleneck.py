@@ -344,4 +344,5 @@ def test_the_tables_have_two_phases_an_artifact_and_what_came_true(report):
 def test_what_came_true_is_a_ratio_of_logs():
     assert realised(2.0, 4.0) == pytest.approx(0.5)
     assert realised(1.0, 4.0) == 0 and realised(0.5, 4.0) == pytest.approx(-0.5)
-    assert realised(2.0, 1.001) is None and realised(None, 2.0) is None
+    assert realised(2.0, 1.09) is None is realised(0.5, 0.92) and realised(None, 2.0) is None
+    assert realised(1.21, 1.11) == pytest.approx(math.log(1.21) / math.log(1.11))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import isclose, log
+from math import log
 from typing import Any
 
 from optpipe.bench.bottlenecks.cost import PhaseCost
@@ -21,7 +21,9 @@ MARKED = {"prune", "lowrank", "quant", "export", "build"}
 """Stages whose figures or format say what they did; others did what they are called."""
 NO_ARTIFACT = "no later artifact of this run is this one with this remedy alone"
 NOT_BYTES = "an engine is not about what is moved and multiplied"
-NO_RATIO = "no paired ratio, or nothing was promised"
+LEAST = 1.1
+"""Of smaller promises the share that came true says nothing: noise of 5 % is more than they are."""
+NO_RATIO = "no paired ratio, or less than a tenth was promised"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +42,7 @@ def cell_of(entry: Mapping[str, Any]) -> Cell:
 
 def realised(speedup: float | None, predicted: float | None) -> float | None:
     """ln S / ln(predicted S): 1 as predicted, 0 no gain, below 0 slower; None without a promise."""
-    if not speedup or predicted is None or isclose(predicted, 1.0, rel_tol=0.01):
+    if not speedup or not predicted or abs(log(predicted)) < log(LEAST):
         return None
     return log(speedup) / log(predicted)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from optpipe.bench.bottlenecks.realised import TIMES
+from optpipe.bench.bottlenecks.realised import LEAST, TIMES
 from optpipe.bench.pages.view import DASH, Entry, names, number, where
 
 Rows = list[tuple[str, ...]]
@@ -19,8 +19,9 @@ READ = (
     "the artifact's own runtime moves and multiplies, which may not be what the remedy is about: "
     "torch makes floats of codes at every call, multiplies zeros and keeps its cache in floats. "
     "Measured: the ratio of the two. Came true: ln(measured) / ln(predicted), 100 % as predicted, "
-    f"0 % no gain, below it slower. '{ALL}': an artifact against the baseline, its runtime "
-    "included; what they execute is compared by their rooflines."
+    f"0 % no gain, below it slower; none where less than {LEAST - 1:.0%} was promised. "
+    f"'{ALL}': an artifact against the baseline, its runtime included; what "
+    "they execute is compared by their rooflines."
 )
 
 
