@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.special import stdtr
+from scipy.special import stdtr, stdtrit
 
 from optpipe.bench.evidence import statistics
 from optpipe.bench.evidence.statistics import LEVEL, Floats, Interval, Shift, hodges_lehmann
@@ -31,7 +31,7 @@ UNKNOWN = 1.7
 """Over the root of the number of independent values: the autocorrelation they are found to have."""
 FEWEST = 5
 STEPS = 30
-"""Of a bisection."""
+"""Of a bisection, which leaves 1e-9 of what it began with."""
 ROUNDS = 8
 
 
@@ -64,14 +64,12 @@ class Posterior:
 
     def interval(self, level: float) -> Interval:
         shares = np.array([(1 - level) / 2, (1 + level) / 2])
-        reach, middle = float(self.errors.max()), float(self.means.mean())
-        if reach == 0:
-            return middle, middle
-        low, high = np.full(2, middle - reach), np.full(2, middle + reach)
-        while (self.below(low) > shares).any() or (self.below(high) < shares).any():
-            low, high = low - reach, high + reach
-            reach *= 2
-        for _ in range(STEPS):
+        each = self.means + self.errors * stdtrit(self.df, shares)[:, None]
+        low, high = (
+            each.min(1),
+            each.max(1),
+        )  # a quantile of a mixture lies among those of its parts
+        for _ in range(STEPS if self.errors.any() else 0):
             half = (low + high) / 2
             under = self.below(half) < shares
             low, high = np.where(under, half, low), np.where(under, high, half)

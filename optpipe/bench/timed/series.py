@@ -32,11 +32,20 @@ class Turns:
         """Of every sample that has this metric."""
         return [value for of in self.metrics if (value := of[metric]) is not None]
 
-    def by_block(self, metric: str, anchored: bool = False) -> dict[Place, float]:
+    @cached_property
+    def _known(self) -> dict[tuple[str, bool], Mapping[Place, float]]:
+        return {}
+
+    def by_block(self, metric: str, anchored: bool = False) -> Mapping[Place, float]:
         """Over the iterations of each turn the median, of a rate all work by all time.
 
         ``anchored``: relative to the probe that was timed around it, where there was one.
         """
+        if (metric, anchored) not in self._known:
+            self._known[metric, anchored] = self._by_block(metric, anchored)
+        return self._known[metric, anchored]
+
+    def _by_block(self, metric: str, anchored: bool) -> dict[Place, float]:
         found: dict[Place, list[float]] = defaultdict(list)
         for sample, of in zip(self.samples, self.metrics, strict=True):
             value = of[metric]
