@@ -32,8 +32,8 @@ class Judgement:
     @cached_property
     def failures(self) -> dict[tuple[str, Cell], list[str]]:
         """(arm, cell) -> the checks it failed there."""
-        outcome, found = self.table.outcome, self.table.outcome.measured
-        return checks.failures(self.table.turns, outcome.floors, found.repeats, found.dead)
+        outcome = self.table.outcome
+        return checks.failures(self.table.turns, outcome.floors, outcome.measured.dead)
 
     @cached_property
     def unstable(self) -> dict[Cell, str]:

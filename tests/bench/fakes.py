@@ -8,7 +8,7 @@ import numpy as np
 from optpipe.artifact import Artifact
 from optpipe.bench.backend import Backend
 
-VOCAB = 11
+VOCAB, PROMPT = 11, 8
 
 
 class Fake(Backend):
@@ -36,7 +36,7 @@ class Fake(Backend):
         if self.max_batch and len(ids_BS) > self.max_batch:
             raise FloatingPointError(f"{len(ids_BS)} rows")
         self._sleep("prefill_s")
-        if ids_BS.shape[1] > 1:  # whole prompts only
+        if ids_BS.shape[1] >= PROMPT:  # whole prompts only
             time.sleep(self.plan.pop("first_s", 0.0))  # as a JIT does
         self.next_B = ids_BS.sum(-1) % VOCAB
         return np.eye(VOCAB, dtype=np.float32)[self.next_B]

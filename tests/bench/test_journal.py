@@ -178,21 +178,20 @@ def test_turns_are_as_long_as_before_however_fast_the_arms_have_become(pair, tmp
 
 
 def test_arms_that_were_dropped_or_died_stay_so(tmp_path):
-    known = dict(session=0, cell=CELLS[0], repeats={"a": 2}, done=False, rate_per_s=None,
-                 hurried="h", stopped=None, prompts={7: "ab"}, dropped={"a": "slow"},
-                 slow_starts={"b": "once"}, dead={"c": "broke"})  # fmt: skip
+    known = dict(session=0, cell=CELLS[0], iterations=2, done=False, rate_per_s=None, hurried="h",
+                 stopped=None, prompts={7: "ab"}, dropped={"a": "slow"}, slow_starts={"b": "once"},
+                 dead={"c": "broke"})  # fmt: skip
     write(tmp_path, Entry(samples=[PLAIN], **known))
     found = Measured(scenarios=SCENARIOS)
     [entry] = read(tmp_path)
     entry.restore(found)
     assert found.dropped == {("a", CELLS[0]): "slow"} and found.dead == {"c": "broke"}
     assert found.slow_starts == {("b", CELLS[0]): "once"} and found.prompts == {CELLS[0]: {7: "ab"}}
-    assert found.repeats == {("a", CELLS[0]): 2}
     assert found.hurried == {CELLS[0]: "h"} and found.stopped == {} == found.rates
 
 
 def entry(*samples, done=False):
-    return Entry(session=0, cell=CELLS[0], samples=samples, repeats={"a": 2}, done=done, dropped={},
+    return Entry(session=0, cell=CELLS[0], samples=samples, iterations=2, done=done, dropped={},
                  rate_per_s=0.5, hurried=None, stopped=None, prompts={}, slow_starts={},
                  dead={})  # fmt: skip
 

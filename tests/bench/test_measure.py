@@ -11,9 +11,7 @@ from optpipe.bench.fidelity.quality import QualityConfig
 from optpipe.bench.scenario import Cell, hash_ids, prompt_seed, prompts
 from optpipe.bench.timed import blocks as blocks_module
 from optpipe.bench.timed import timing as module
-from optpipe.bench.timed.blocks import MOST_ITERATIONS
 from optpipe.bench.timed.measure import BenchConfig, Measured, Session, measure
-from optpipe.bench.timed.samples import AGAIN
 from optpipe.bench.timed.timing import WARM
 from optpipe.bench.worker import Iterate
 from optpipe.config import typed
@@ -92,8 +90,7 @@ def test_all_arms_get_the_same_fresh_token_ids_and_two_blocks_share_them(local):
         name: [c.ids_BS for c in worker.asked if isinstance(c, Iterate)]
         for name, worker in workers.items()
     }
-    second, third = WARM + MOST_ITERATIONS, WARM + 2 * MOST_ITERATIONS
-    numbers = [0, 1, WARM, WARM, second, second, third, third]
+    numbers = [0, 1, WARM, WARM, WARM + 1, WARM + 1, WARM + 2, WARM + 2]
     expected = [prompts(CELL, 11, prompt_seed(5, number)) for number in numbers]
     for given in asked.values():
         np.testing.assert_array_equal(given, expected)
@@ -123,35 +120,11 @@ def test_a_gpu_makes_turns_longer_and_a_slow_arm_keeps_them_short(local, monkeyp
         found, _ = timings(workers, (ONE,), blocks=1, max_blocks=1)
         counts = Counter(s.arm for s in found.samples if s.reason is None)
         assert set(counts.values()) <= wanted, (gpu, counts)
-
-
-def test_every_arm_repeats_as_often_as_it_needs_and_one_like_the_baseline_as_often_as_that():
-    """The median of several and a single one are not the same thing on a machine with bursts."""
-    repeats, usual = module.repeats, {"base": 0.2, AGAIN: 0.9, "half": 0.1, "fast": 0.05, "slow": 5}
-    counts = repeats(usual, 0.5)
-    assert counts == {"base": 5, AGAIN: 5, "half": 5, "fast": 10, "slow": 1}
-    assert repeats({"base": 0.2, "half": 0.1}, 0.3)["base"] == 3, "as the quickest of them needs"
-    assert repeats({"a": 0.001}, 0.5)["a"] == repeats({"a": 0.0}, 0.5)["a"] == 50
-    later = repeats({"base": 0.1, "own": 0.15, "far": 1.0}, 0.5, {"base": 3, "far": 2})
-    assert later == {"base": 3, AGAIN: 3, "own": 3, "far": 2}, "as the session before this one"
-    assert repeats({}, 0.5) == {}
-
-
-def test_arms_of_different_speed_share_the_first_prompt_of_a_block(local, monkeypatch):
-    monkeypatch.setattr(module, "TURN_S", 0.05)
-    found, _ = timings({"base": local("base", prefill_s=0.06), "fast": local("fast")}, (ONE,))
-    timed = [s for s in found.samples if s.reason is None]
-    assert {s.iteration for s in timed if s.arm == "base"} == {0}
-    asked = {
-        (arm, block): [s.prompt for s in timed if (s.arm, s.block) == (arm, block)]
-        for arm in ("base", "fast")
-        for block in range(6)
-    }
-    for block in range(6):
-        first = WARM + MOST_ITERATIONS * (block // 2)
-        assert asked["base", block] == [first]
-        assert asked["fast", block] == [*range(first, first + found.repeats["fast", ONE])]
-    assert found.repeats["fast", ONE] > 1
+    assert module.repeats([0.1, 0.2], 0.5) == 5, "as the quickest needs"
+    assert module.repeats([0.1, 0.06], 0.5) == 9, "which may be another"
+    assert module.repeats([0.3, 0.04], 0.25) == 1, "but not one that is far from the baseline"
+    assert module.repeats([0.1, 5.0], 0.5) == 2, "no arm longer than twenty turns"
+    assert module.repeats([9.0], 0.05) == 1 and module.repeats([0.01, 0.02], 0.5) == 50
 
 
 def test_an_arm_is_warmed_again_before_its_turn_where_there_are_others(local):

@@ -9,7 +9,7 @@ from fakes import Fake
 
 from optpipe.artifact import Artifact
 from optpipe.bench.timed.clock import metrics
-from optpipe.bench.worker import Iterate, Worker, _answer
+from optpipe.bench.worker import Iterate, Rewarm, Worker, _answer
 from optpipe.errors import StageError
 
 CELL = "single 1 x 4 + 3"
@@ -59,6 +59,37 @@ def test_a_worker_measures_the_delays_it_was_given(arm):
     assert waiting_s < 0.02 * 5 * planned["e2e_s"], "the parent must block, not spin"
     assert answer.peak_bytes is None or answer.peak_bytes > 1_000_000
     assert multiprocessing.active_children() == []
+
+
+class Asked(Fake):
+    """Remembers what it was fed."""
+
+    def __init__(self):
+        super().__init__(Artifact(path=Path(), format="fake", key=""), 1, "float32")
+        self.fed = []
+
+    def prefill(self, ids_BS, lengths_B):
+        assert (lengths_B == ids_BS.shape[1]).all()
+        self.fed.append(ids_BS.tolist())
+        return super().prefill(ids_BS, lengths_B)
+
+    def decode(self, tokens_B):
+        self.fed.append(tokens_B.tolist())
+        return super().decode(tokens_B)
+
+
+@pytest.mark.parametrize(
+    ("length", "fed", "steps"),
+    [(1, 1, 1), (2, 1, 1), (3, 1, 1), (4, 2, 2), (66, 64, 2), (100, 64, 2), (512, 128, 2)],
+)
+def test_an_arm_gets_ready_with_a_part_of_the_prompts_turned_round(length, fed, steps):
+    ids_BS = np.stack([np.arange(length), np.arange(length) + 1])
+    backend = Asked()
+    Rewarm(ids_BS=ids_BS)(backend)
+    prompts, *decoded = backend.fed
+    assert prompts == ids_BS[:, ::-1][:, :fed].tolist() and len(decoded) == steps
+    assert fed + steps <= length + 1, "any cell has room for it"
+    assert length < 2 or prompts[0][0] != ids_BS[0, 0], "it is another prompt"
 
 
 def test_requests_are_dropped_before_the_answer_is_sent():

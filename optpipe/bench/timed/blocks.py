@@ -26,8 +26,6 @@ SETTLE_S = 0.02
 """Pause between two arms: threads of the last one that still spin go to sleep."""
 PATIENCE = 3.0
 """A worker is ended when it has not answered for this many times the limit of an iteration."""
-MOST_ITERATIONS = 50
-"""In the turn of an arm; as many prompts are set aside for every block."""
 STRIKES = 2
 """An arm is dropped when so many warm-up iterations in a row take too long; one may compile."""
 
@@ -57,6 +55,8 @@ class Blocks:
     cell: Cell
     config: BenchConfig
     found: Measured
+    iterations: int = 1
+    """In one turn of an arm."""
     past: deque[Entry] = field(default_factory=deque)
     """Timed blocks that earlier parts of the session left, until they are taken over."""
     warmed: int = 0
@@ -99,7 +99,7 @@ class Blocks:
         """The next timed block: one that was left, or a new one."""
         if not self.past:
             # two blocks share their prompts: an arm that remembers would be faster in the second
-            return self.keep(self.run(block, first_prompt + block // 2 * MOST_ITERATIONS, None))
+            return self.keep(self.run(block, first_prompt + block // 2 * self.iterations, None))
         samples = [*self.past.popleft().samples]
         self.found.samples += samples
         return samples
@@ -118,7 +118,7 @@ class Blocks:
             session=self.session.number,
             cell=cell,
             samples=samples,
-            repeats={arm: count for (arm, at), count in found.repeats.items() if at == cell},
+            iterations=self.iterations,
             done=done,
             rate_per_s=found.rates.get(cell),
             hurried=found.hurried.get(cell),
@@ -155,15 +155,14 @@ class Blocks:
     def _turn(
         self, name: str, place: tuple[int, int], prompt: int, reason: str | None
     ) -> list[Sample]:
-        """Some iterations of one arm, each on the next prompts; all arms begin with the same."""
+        """Some iterations of one arm, each on the next prompts."""
         before = self.session.meter()
         rewarm = Rewarm(ids_BS=self._prompts(prompt))
         if len(self.session.workers) > 1 and self.ask(name, rewarm) is None:
             return []
         samples: list[Sample] = []
         start_ns = self.session.clock()
-        count = self.found.repeats[name, self.cell] if reason is None else 1
-        for iteration in range(count):
+        for iteration in range(self.iterations):
             sample = self._iteration(name, prompt + iteration, reason)
             if sample is None:
                 break

@@ -31,15 +31,11 @@ FEWEST_PROMPTS = 3
 
 
 def failures(
-    turns: Mapping[Key, Turns],
-    floors: Floors,
-    repeats: Mapping[Key, int],
-    dead: Collection[str] = (),
+    turns: Mapping[Key, Turns], floors: Floors, dead: Collection[str] = ()
 ) -> dict[Key, list[str]]:
     """What each arm did wrong in each cell, as 'name: details'; only those that did.
 
-    ``repeats``: the requests of a turn, if more than one. Arms that are ``dead`` were ended, which
-    says why they did not answer.
+    Arms that are ``dead`` were ended, which says why they did not answer.
     """
     found: dict[Key, list[str]] = defaultdict(list)
     for (arm, cell), own in turns.items():
@@ -55,7 +51,7 @@ def failures(
         )
         found[arm, cell] = [why for check in checks for why in check]
     alive = {key: own for key, own in turns.items() if key[0] not in dead}
-    for key, why in (*_lost(alive, repeats), *_constant(turns), *_second_time(turns)):
+    for key, why in (*_lost(alive), *_constant(turns), *_second_time(turns)):
         found[key].append(why)
     return {key: reasons for key, reasons in found.items() if reasons}
 
@@ -154,18 +150,19 @@ def _varying(samples: Sequence[Sample]) -> Iterator[str]:
         yield "varying_answers: equal prompts were answered by different greedy tokens"
 
 
-def _lost(turns: Mapping[Key, Turns], repeats: Mapping[Key, int]) -> Iterator[tuple[Key, str]]:
-    """Every request of a block that any arm answered is answered by all arms."""
-    blocks: dict[Cell, set[tuple[int, int]]] = defaultdict(set)
-    for (_, cell), own in turns.items():
-        blocks[cell] |= {(s.session, s.block) for s in own.samples}
+def _lost(turns: Mapping[Key, Turns]) -> Iterator[tuple[Key, str]]:
+    """Every request of a block is answered by all arms."""
+    asked: dict[tuple[Cell, int, int], set[int]] = defaultdict(set)
+    answered: dict[Key, int] = {}
+    sessions: dict[Key, set[int]] = {}
     for (arm, cell), own in turns.items():
-        sessions = {s.session for s in own.samples}
-        wanted = sum(session in sessions for session, _ in blocks[cell]) * repeats.get(
-            (arm, cell), 1
-        )
-        if len(own.samples) < wanted:
-            count = len(own.samples)
+        for s in own.samples:
+            asked[cell, s.session, s.block].add(s.iteration)
+        answered[arm, cell] = len(own.samples)
+        sessions[arm, cell] = {s.session for s in own.samples}
+    for (arm, cell), count in answered.items():
+        mine = (at for at in asked if at[0] == cell and at[1] in sessions[arm, cell])
+        if count < (wanted := sum(len(asked[at]) for at in mine)):
             yield (arm, cell), f"requests_lost: {count} answers to {wanted} requests"
 
 

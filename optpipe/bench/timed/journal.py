@@ -35,7 +35,8 @@ class Entry:
     session: int
     cell: Cell
     samples: Sequence[Sample]
-    repeats: Mapping[str, int]
+    iterations: int
+    """In one turn of an arm."""
     done: bool
     """Whether it is the end of the cell."""
     rate_per_s: float | None
@@ -61,7 +62,6 @@ class Entry:
         found.prompts.setdefault(self.cell, {}).update(self.prompts)
         found.dropped |= {(arm, self.cell): why for arm, why in self.dropped.items()}
         found.slow_starts |= {(arm, self.cell): why for arm, why in self.slow_starts.items()}
-        found.repeats |= {(arm, self.cell): count for arm, count in self.repeats.items()}
         found.dead |= self.dead
 
 

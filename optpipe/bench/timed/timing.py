@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from optpipe.bench.evidence.dependence import paired
@@ -12,17 +12,21 @@ from optpipe.bench.evidence.statistics import log_ratios, median
 from optpipe.bench.evidence.stopping import late_start, settled
 from optpipe.bench.serving.load import SEARCH_STEPS, Answer, find_rate
 from optpipe.bench.serving.serve import Serve
-from optpipe.bench.timed.blocks import MOST_ITERATIONS, Blocks
-from optpipe.bench.timed.samples import AGAIN, Sample
+from optpipe.bench.timed.blocks import Blocks
+from optpipe.bench.timed.samples import Sample
 from optpipe.bench.timed.series import Turns, collect, pairs, relative
 
 TURN_S, GPU_TURN_S = 0.05, 0.5
-"""An arm whose iteration is shorter repeats it within its turn. A GPU that starts to work lowers
-its clock for some 100 ms until it keeps within its power limit; longer turns average that."""
+"""The baseline repeats an iteration that is shorter within its turn, and so do all arms. A GPU that
+starts to work lowers its clock for some 100 ms until it keeps within its power limit; longer turns
+average that."""
 ALIKE = 2.0
-"""Arms whose iterations take within this factor of the baseline's repeat them as often as it does:
-on a machine with bursts the median of several is lower or higher than one alone, by some percent,
-which is nothing beside a factor of two, but much beside a hundredth."""
+"""Arms that take less than the baseline over this do not make all others repeat: their own turns
+are shorter. Counts are equal whatever the speed: on a machine with bursts the median of several is
+not that of one, and the first of a turn is not like the others."""
+MOST_ITERATIONS = 50
+LONGEST = 20
+"""No arm repeats for longer than so many such turns, however quick the others are."""
 WARM = 1000
 """Prompts below this number are those of the warm-up."""
 RERUNS = 1.5
@@ -71,15 +75,16 @@ class Timer:
             and not (number >= seen and all(settled(taken[n]) for n in blocks.arms()))
         ):
             if not blocks.arms() or number >= WARM:
-                break
+                return
             for sample in blocks.keep(blocks.run(-1 - number, number, "warmup")):
                 taken[sample.arm].append(_seconds(sample))
             number += 1
             yield 0.0
-        usual = {name: median(values[-3:]) for name in blocks.arms() if (values := taken[name])}
-        known = {name: n for (name, cell), n in blocks.found.repeats.items() if cell == blocks.cell}
-        for name, count in repeats(usual, self._turn_s(), known).items():
-            blocks.found.repeats[name, blocks.cell] = count
+        usual = [median(values[-3:]) for name in blocks.arms() if (values := taken[name])]
+        if blocks.past:
+            blocks.iterations = blocks.past[0].iterations
+        elif usual and min(usual) > 0:
+            blocks.iterations = repeats(usual, self._turn_s())
 
     def _turn_s(self) -> float:
         if (wanted := self.blocks.config.turn_s) is not None:
@@ -198,26 +203,18 @@ class Timer:
         return here and part in (None, sample.part)
 
 
-def repeats(
-    usual: Mapping[str, float], turn_s: float, known: Mapping[str, int] | None = None
-) -> dict[str, int]:
-    """Iterations of a turn of each arm, the baseline first, of which one takes so many seconds.
+def repeats(usual: Sequence[float], turn_s: float) -> int:
+    """Iterations of a turn, the same for all arms, the baseline first, of which one usually takes
+    so many seconds.
 
-    What is ``known`` from an earlier session stays.
-
-    >>> repeats({"baseline": 0.3, "half": 0.2, "engine": 0.1}, 0.5)
-    {'baseline': 3, 'half': 3, 'engine': 5}
+    >>> repeats([0.1, 0.2], 0.5), repeats([0.1, 0.07, 0.01], 0.5)
+    (5, 8)
+    >>> repeats([0.1, 5.0], 0.5), repeats([0.1, 30.0], 0.5)
+    (2, 1)
     """
-    if not usual:
-        return {}
-    baseline, base_s = next(iter(usual.items()))
-    found = {
-        name: max(1, min(math.ceil(turn_s / max(seconds, 1e-9)), MOST_ITERATIONS))
-        for name, seconds in usual.items()
-    }
-    alike = [name for name, s in usual.items() if base_s / ALIKE <= s <= ALIKE * base_s]
-    shared = (known or {}).get(baseline, max(found[name] for name in alike))
-    return {**found, **dict.fromkeys([*alike, AGAIN], shared), **(known or {})}
+    quickest = min(seconds for seconds in usual if seconds >= usual[0] / ALIKE)
+    wanted = min(math.ceil(turn_s / quickest), MOST_ITERATIONS)
+    return max(min(wanted, int(LONGEST * turn_s / max(usual))), 1)
 
 
 def _half_width(before: list[float], after: list[float], level: float) -> float:
