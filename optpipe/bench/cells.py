@@ -73,8 +73,8 @@ class Table:
         device, apart = self._device(self.outcome.baseline), 0.0
         if metric == "peak_bytes" and self._device(name) != device:
             return None, peak.OTHER_DEVICE
-        if metric == "peak_bytes" and name != AGAIN:
-            apart = peak.apart(base, self.timed(AGAIN, cell)[0], device == CPU)
+        if metric == "peak_bytes":
+            apart = peak.apart(base, own, self.timed(AGAIN, cell)[0], device == CPU)
         before, after = pairs(base, own, metric, anchored=True)
         if not before:
             return None, self._unpaired(name) or missing(metric, cell)
@@ -217,7 +217,7 @@ def _values(own: Turns | None, cell: Cell, why: str) -> tuple[Entry, dict[str, s
 
 
 def _bootstrap(base: Turns, own: Turns, cell: Cell, seed: int) -> Entry:
-    """Of the ratio of total tokens by total time, in blocks where both have all their requests."""
+    """Of the ratio of total tokens by total time, in blocks where both have as many requests."""
     times = []
     for turns in (base, own):
         by_block: dict[tuple[int, int], list[float]] = {}
@@ -225,14 +225,13 @@ def _bootstrap(base: Turns, own: Turns, cell: Cell, seed: int) -> Entry:
             if (e2e := of["e2e_s"]) is not None:
                 by_block.setdefault((sample.session, sample.block), []).append(e2e)
         times.append(by_block)
-    whole = [max(len(taken) for taken in of.values()) for of in times]
-    shared = [p for p in times[0] if [len(of.get(p, [])) for of in times] == whole]
+    size = max(len(of) for of in times[0].values())
+    shared = [p for p, of in times[0].items() if len(of) == size == len(times[1].get(p, []))]
     if len(shared) < resampling.FEWEST_BLOCKS:
         return {}
-    base_s, own_s = (np.array([of[place] for place in shared]) for of in times)
-    tokens = float(cell.batch * cell.new_tokens)
-    amounts = np.full(base_s.shape, tokens), np.full(own_s.shape, tokens)
-    low, high = resampling.hierarchical(amounts, (base_s, own_s), seed)
+    taken = [np.array([of[place] for place in shared]) for of in times]
+    tokens = np.full(taken[0].shape, float(cell.batch * cell.new_tokens))
+    low, high = resampling.hierarchical((tokens, tokens), (taken[0], taken[1]), seed)
     return {"ci_bootstrap": [float(np.exp(low)), float(np.exp(high))]}
 
 

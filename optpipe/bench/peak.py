@@ -16,16 +16,16 @@ TWICE = 2
 """As one pair of processes may by chance be nearer to each other than most."""
 
 
-def apart(base: Turns, again: Turns | None, on_cpu: bool) -> float:
-    """By how much the logs of the peaks of two processes of one arm may differ.
+def apart(base: Turns, own: Turns, again: Turns | None, on_cpu: bool) -> float:
+    """By how much the logs of the peaks of two processes may differ, were they of one arm.
 
     ``again``: of the second process of the baseline, if there is one. What devices allocate is
     exact, apart from what those two show.
     """
-    peaks = [*base.by_block("peak_bytes").values()]
-    if not peaks:
+    peaks = [[*turns.by_block("peak_bytes").values()] for turns in (base, own)]
+    if not all(peaks):
         return 0.0
-    known = math.log1p(HEAP_BYTES / median(peaks)) if on_cpu else 0.0
+    known = math.log1p(HEAP_BYTES / min(map(median, peaks))) if on_cpu else 0.0
     before, after = pairs(base, again, "peak_bytes") if again else ([], [])
     seen = abs(hodges_lehmann(log_ratios(before, after)).estimate) if before else 0.0
     return max(known, TWICE * seen)

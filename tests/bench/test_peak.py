@@ -45,13 +45,28 @@ def test_a_verdict_on_memory_is_beyond_what_two_processes_of_one_arm_differ_by(
     assert entry["verdict"] == verdict, entry
     assert not found["run"]["invalid_reasons"], "it is how finely memory is known, not an error"
     low, high = entry["ci"]
-    known = max(2 * abs(math.log(again / 10)), math.log1p(peak.HEAP_BYTES / (10 * GB)))
+    heap = math.log1p(peak.HEAP_BYTES / (min(10, copy) * GB))
+    known = max(2 * abs(math.log(again / 10)), heap)
     assert low == pytest.approx(10 / copy / math.exp(known)) and low < 10 / copy < high
     assert "two processes of one arm" in entry["reasons"]["processes"]
 
 
-def test_a_small_process_is_known_to_a_heap_of_the_allocator_and_a_device_exactly(pair):
-    turns = collect(measured(pair, 500_000_000, 500_000_000, 500_000_000).measured.samples)
-    base, again = turns["baseline", CELLS[0]], turns[AGAIN, CELLS[0]]
-    assert peak.apart(base, again, True) == pytest.approx(math.log1p(2**26 / 500e6))
-    assert peak.apart(base, again, False) == 0 == peak.apart(base, None, False)
+@pytest.mark.parametrize("base, copy", [(433, 500), (500, 433), (240, 300), (500, 500)])
+def test_a_heap_of_the_allocator_more_in_either_process_is_no_difference(pair, base, copy):
+    outcome = measured(pair, base * 1_000_000, copy * 1_000_000, base * 1_000_000)
+    found = built(outcome)
+    [entry] = [e for (_, metric), e in speedups(found, "copy").items() if metric == "peak_bytes"]
+    assert entry["verdict"] == "INCONCLUSIVE", "none is shown, and none to be negligible"
+    turns = collect(outcome.measured.samples)
+    three = [turns[name, CELLS[0]] for name in ("baseline", "copy", AGAIN)]
+    known = math.log1p(2**26 / (min(base, copy) * 1e6))
+    assert peak.apart(*three, True) == pytest.approx(known) and peak.apart(*three, False) == 0
+    assert f"may differ by {math.expm1(known):.1%}" in entry["reason"]
+
+
+def test_what_a_run_can_resolve_is_what_two_processes_may_differ_by(pair):
+    [cell, *_] = built(measured(pair, int(9.7 * GB), 9 * GB))["run"]["design"]["resolution"]
+    entry, twice = cell["peak_bytes"], 2 * math.log(10 / 9.7)
+    low, high = entry["ci"]
+    assert low == pytest.approx(10 / 9.7 / math.exp(twice))
+    assert high == pytest.approx(10 / 9.7 * math.exp(twice)) and "differs" not in entry["reasons"]

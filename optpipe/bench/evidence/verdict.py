@@ -93,9 +93,11 @@ def _decide(
         verdict = INCONCLUSIVE
     needed, mde = None, smallest_effect(shift, alpha)
     if verdict == INCONCLUSIVE and shift.apart >= math.log1p(delta):
-        reason += f"; more blocks do not help, equal arms may differ by {shift.apart:.1%}"
+        equal = f"equal arms may differ by {math.expm1(shift.apart):.1%}"
+        reason += f"; more blocks do not help, {equal}"
     elif verdict == INCONCLUSIVE:
-        needed = max(blocks_needed(shift, delta - shift.apart, alpha), fewest_pairs(1 - alpha))
+        needed = blocks_needed(shift, delta - math.expm1(shift.apart), alpha)
+        needed = max(needed, fewest_pairs(1 - alpha))
     return Verdict(
         verdict=verdict,
         reason=reason,

@@ -242,8 +242,11 @@ def _resolution(cells: Sequence[Entry]) -> Iterator[Safe]:
     ]  # fmt: skip
     if rows:
         header = ("cell", "metric", "baseline over baseline", "resolution")
-        yield note("The baseline was also measured against itself; a smaller difference than the "
-                   "resolution cannot be seen.")  # fmt: skip
+        yield note(
+            "The baseline was also measured against itself; a smaller difference than the "
+            "resolution cannot be seen. Memory is that of a process: its intervals are wider by "
+            "what two processes of one arm may differ by, in all blocks alike."
+        )
         yield details("Resolution", table(header, rows, "resolution"))
 
 
