@@ -1,5 +1,6 @@
 from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -104,6 +105,22 @@ def test_the_time_budget_ends_it_and_the_arm_is_judged_all_the_same(alternate):
     assert loads == ["baseline", "big", "big"] and judged == [["big"]]
     [why] = outcome.measured.stopped.values()
     assert why == "the time budget (bench.budget_s=1e-09) ended it after 1 of 8 pairs"
+
+
+@pytest.mark.parametrize("checks", range(7))
+def test_wherever_the_budget_ends_it_no_request_is_lost(alternate, monkeypatch, checks):
+    """One arm is a block ahead then, of which the other was never asked."""
+    clock = iter([0.0] * (checks + 1))
+    monkeypatch.setattr(anchored, "time", SimpleNamespace(monotonic=lambda: next(clock, 1e9)))
+    outcome, _, judged = alternate()
+    found = report.build(outcome, FACTS)
+    assert found["run"]["invalid_reasons"] == [] and judged == [["big"]]
+    entry = found["artifacts"][1]["cells"][0]["speedup"]["tpot_s"]
+    assert entry["verdict"] == "INCONCLUSIVE"
+    timed = [(s.block, s.arm) for s in outcome.measured.samples if s.reason is None]
+    pairs = len(timed) // 2
+    assert sorted(timed) == [(b, name) for b in range(pairs) for name in ("baseline", "big")]
+    assert f"ended it after {pairs} of 8 pairs" in outcome.measured.stopped[CELLS[0]]
 
 
 def test_one_that_was_killed_goes_on_with_the_residence_it_was_in(alternate, tmp_path):

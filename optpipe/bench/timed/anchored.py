@@ -17,7 +17,7 @@ from optpipe.bench.evidence.statistics import fewest_pairs
 from optpipe.bench.outcome import Outcome
 from optpipe.bench.resident import Reside, Residents
 from optpipe.bench.scenario import Cell
-from optpipe.bench.timed.blocks import MOST_ITERATIONS, Blocks, Session
+from optpipe.bench.timed.blocks import Blocks, Session
 from optpipe.bench.timed.timing import WARM, Timer
 from optpipe.stage import Progress
 
@@ -84,13 +84,19 @@ class Alternation:
         for entry in entries:
             entry.restore(self.outcome.measured)
             self.outcome.measured.samples += entry.samples
-            for count in entry.repeats.values():
-                self.iterations.setdefault(entry.cell, count)
+            if entry.is_timed:
+                self.iterations[entry.cell] = entry.iterations
         return {(s.arm, s.cell, s.block) for entry in entries for s in entry.samples}
 
     def _explain(self, pairs: int) -> None:
-        """Why there are fewer pairs than wanted."""
-        bench = self.outcome.bench
+        """Why there are fewer pairs than wanted; one arm is a block ahead of the other."""
+        bench, found = self.outcome.bench, self.outcome.measured
+        found.samples[:] = [
+            replace(s, reason="unpaired")
+            if s.session == self.number and s.block >= pairs and s.reason is None
+            else s
+            for s in found.samples
+        ]
         why = f"(bench.budget_s={bench.budget_s:g}) ended it after {pairs} of {self.wanted}"
         for cell in self.outcome.cells:
             self.outcome.measured.stopped.setdefault(cell, f"the time budget {why} pairs")
@@ -110,13 +116,12 @@ class Alternation:
     def _cell(self, timer: Timer, blocks: Sequence[int]) -> None:
         for _ in timer.warm_up():
             pass
-        given, repeats = timer.blocks, self.outcome.measured.repeats
-        for name in given.arms():  # the first arm to be loaded says how often both repeat
-            count = self.iterations.setdefault(given.cell, repeats[name, given.cell])
-            repeats[name, given.cell] = count
+        # both arms answer the same requests, so that the first to be loaded says how many
+        given = timer.blocks
+        given.iterations = self.iterations.setdefault(given.cell, given.iterations)
         for block in blocks:
             before_s = probe()
-            samples = given.run(block, WARM + block // 2 * MOST_ITERATIONS, None)
+            samples = given.run(block, WARM + block // 2 * given.iterations, None)
             probe_s = (before_s + probe()) / 2
             given.keep([replace(sample, probe_s=probe_s) for sample in samples])
 

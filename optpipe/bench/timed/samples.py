@@ -29,7 +29,7 @@ class Sample:
     position: int
     """Place of the arm within its block."""
     reason: str | None
-    """Why it is not part of any result: 'warmup', 'tainted'; None: it is."""
+    """Why it is not part of any result: 'warmup', 'tainted', 'unpaired'; None: it is."""
     submit_ns: int
     start_ns: int
     token_ns: tuple[int, ...]
@@ -142,8 +142,6 @@ class Measured:
     samples: list[Sample] = field(default_factory=list)
     dropped: dict[tuple[str, Cell], str] = field(default_factory=dict)
     """(arm, cell) -> why it has no numbers."""
-    repeats: dict[tuple[str, Cell], int] = field(default_factory=dict)
-    """(arm, cell) -> iterations of its turn in a timed block."""
     slow_starts: dict[tuple[str, Cell], str] = field(default_factory=dict)
     """(arm, cell) -> a warm-up iteration that took too long, where only one did."""
     dead: dict[str, str] = field(default_factory=dict)
