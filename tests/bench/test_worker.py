@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from fakes import Fake
 
 from optpipe.artifact import Artifact
@@ -70,6 +71,7 @@ class Asked(Fake):
 
     def prefill(self, ids_BS, lengths_B):
         assert (lengths_B == ids_BS.shape[1]).all()
+        torch.from_numpy(ids_BS)  # which takes no stride below 0
         self.fed.append(ids_BS.tolist())
         return super().prefill(ids_BS, lengths_B)
 
@@ -80,7 +82,7 @@ class Asked(Fake):
 
 @pytest.mark.parametrize(
     ("length", "fed", "steps"),
-    [(1, 1, 1), (2, 1, 1), (3, 1, 1), (4, 2, 2), (66, 64, 2), (100, 64, 2), (512, 128, 2)],
+    [(1, 1, 1), (2, 1, 1), (3, 1, 1), (4, 2, 2), (34, 32, 2), (100, 32, 2), (512, 32, 2)],
 )
 def test_an_arm_gets_ready_with_a_part_of_the_prompts_turned_round(length, fed, steps):
     ids_BS = np.stack([np.arange(length), np.arange(length) + 1])
@@ -90,6 +92,12 @@ def test_an_arm_gets_ready_with_a_part_of_the_prompts_turned_round(length, fed, 
     assert prompts == ids_BS[:, ::-1][:, :fed].tolist() and len(decoded) == steps
     assert fed + steps <= length + 1, "any cell has room for it"
     assert length < 2 or prompts[0][0] != ids_BS[0, 0], "it is another prompt"
+
+
+def test_a_large_batch_gets_ready_with_a_token_a_row():
+    backend = Asked()
+    Rewarm(ids_BS=np.arange(300).reshape(100, 3))(backend)
+    assert backend.fed[0] == [[3 * row + 2] for row in range(100)] and len(backend.fed) == 2
 
 
 def test_requests_are_dropped_before_the_answer_is_sent():

@@ -19,6 +19,8 @@ from optpipe.stage import Progress
 __all__ = ["BenchConfig", "Measured", "Sample", "Session", "measure"]
 STEPS = 100
 """Units of progress in a cell."""
+UNDECIDED = 0.5
+"""Of the time of others, what a cell gets in which there is nothing to decide."""
 
 
 def measure(
@@ -37,7 +39,17 @@ def measure(
     for index, cell in enumerate(order):
         blocks = Blocks(session=session, cell=cell, config=config, found=found)
         timer = Timer(blocks=blocks, primary=deciding[cell])
-        share_s = max((end_ns - session.clock()) / 1e9, 0.0) / (len(order) - index)
-        for done in timer.rounds(share_s):
+        left_s = max((end_ns - session.clock()) / 1e9, 0.0)
+        for done in timer.rounds(left_s * share([deciding[c] for c in order[index:]])):
             progress(f"benchmark: {cell}", index * STEPS + int(done * STEPS), total)
     progress("benchmark: timed", total, total)
+
+
+def share(deciding: Sequence[Sequence[str]]) -> float:
+    """Of the time that is left, what the first of these cells gets, by their primary metrics.
+
+    >>> share([["tpot_s"], []]), share([[], ["tpot_s"]]), share([[]])
+    (0.6666666666666666, 0.3333333333333333, 1.0)
+    """
+    weights = [1.0 if metrics else UNDECIDED for metrics in deciding]
+    return weights[0] / sum(weights)
