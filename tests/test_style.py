@@ -1,6 +1,8 @@
 """The limits that ruff does not know, and the imports that would make the command line slow."""
 
 import ast
+import doctest
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -24,8 +26,18 @@ def test_files_and_functions_are_short(path):
             assert node.end_lineno - node.lineno < 40, f"{node.name} is too long"
 
 
+EXAMPLES = [path for path in FILES if ">>>" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_examples_in_docstrings_are_true(path):
+    name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+    found = doctest.testmod(importlib.import_module(name))
+    assert found.attempted and not found.failed
+
+
 def test_there_is_something_to_check():
-    assert len(FILES) > 20
+    assert len(FILES) > 20 and len(EXAMPLES) > 4
 
 
 def test_what_runs_before_there_is_work_imports_nothing_heavy():
