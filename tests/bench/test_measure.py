@@ -1,3 +1,4 @@
+import math
 from collections import Counter
 from dataclasses import fields, replace
 from pathlib import Path
@@ -123,6 +124,7 @@ def test_a_gpu_makes_turns_longer_and_a_slow_arm_keeps_them_short(local, monkeyp
     assert module.repeats([0.1, 0.2], 0.5) == 5, "as the quickest needs"
     assert module.repeats([0.1, 0.06], 0.5) == 9, "which may be another"
     assert module.repeats([0.3, 0.04], 0.25) == 1, "but not one that is far from the baseline"
+    assert module.repeats([0.3, 0.04], 0.25, math.inf) == 7, "unless clocks hang on long turns"
     assert module.repeats([0.1, 5.0], 0.5) == 2, "no arm longer than twenty turns"
     assert module.repeats([9.0], 0.05) == 1 and module.repeats([0.01, 0.02], 0.5) == 50
 

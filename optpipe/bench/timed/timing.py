@@ -21,9 +21,9 @@ TURN_S, GPU_TURN_S = 0.05, 0.5
 starts to work lowers its clock for some 100 ms until it keeps within its power limit; longer turns
 average that."""
 ALIKE = 2.0
-"""Arms that take less than the baseline over this do not make all others repeat: their own turns
-are shorter. Counts are equal whatever the speed: on a machine with bursts the median of several is
-not that of one, and the first of a turn is not like the others."""
+"""On a CPU, arms that take less than the baseline over this do not make all others repeat: their
+own turns are shorter. Counts are equal whatever the speed: on a machine with bursts the median of
+several is not that of one, and the first of a turn is not like the others."""
 MOST_ITERATIONS = 50
 LONGEST = 20
 """No arm repeats for longer than so many such turns, however quick the others are."""
@@ -84,13 +84,10 @@ class Timer:
         if blocks.past:
             blocks.iterations = blocks.past[0].iterations
         elif usual and min(usual) > 0:
-            blocks.iterations = repeats(usual, self._turn_s())
-
-    def _turn_s(self) -> float:
-        if (wanted := self.blocks.config.turn_s) is not None:
-            return wanted
-        is_on_gpu = any(told.gpu is not None for told in self.blocks.session.loaded.values())
-        return GPU_TURN_S if is_on_gpu else TURN_S
+            gpu = any(told.gpu is not None for told in blocks.session.loaded.values())
+            least_s = GPU_TURN_S if gpu else TURN_S
+            turn_s = least_s if config.turn_s is None else config.turn_s
+            blocks.iterations = repeats(usual, turn_s, math.inf if gpu else ALIKE)
 
     def _drop_what_does_not_fit(self) -> None:
         cell, found = self.blocks.cell, self.blocks.found
@@ -203,7 +200,7 @@ class Timer:
         return here and part in (None, sample.part)
 
 
-def repeats(usual: Sequence[float], turn_s: float) -> int:
+def repeats(usual: Sequence[float], turn_s: float, alike: float = ALIKE) -> int:
     """Iterations of a turn, the same for all arms, the baseline first, of which one usually takes
     so many seconds.
 
@@ -212,7 +209,7 @@ def repeats(usual: Sequence[float], turn_s: float) -> int:
     >>> repeats([0.1, 5.0], 0.5), repeats([0.1, 30.0], 0.5)
     (2, 1)
     """
-    quickest = min(seconds for seconds in usual if seconds >= usual[0] / ALIKE)
+    quickest = min(seconds for seconds in usual if seconds >= usual[0] / alike)
     wanted = min(math.ceil(turn_s / quickest), MOST_ITERATIONS)
     return max(min(wanted, int(LONGEST * turn_s / max(usual))), 1)
 
