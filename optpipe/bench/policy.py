@@ -41,7 +41,8 @@ class BenchConfig:
     dtypes: list[str] = field(default_factory=lambda: ["float32", "bfloat16"])
     """What the baseline computes in, once for each; the first is that of all torch arms."""
     turn_s: float | None = None
-    """Least time of an arm's turn in a block; null: 0.05 s, with an arm on a GPU 0.5 s."""
+    """Least time of the baseline's turn in a block; null: 0.05 s, with an arm on a GPU 0.5 s.
+    Arms that are more than twice as quick repeat as often, in less; on a GPU none takes less."""
     energy_s: float = 0.0
     """How long every arm works in every cell while its energy is counted, at least 12; 0: not."""
     seed: int = 0
