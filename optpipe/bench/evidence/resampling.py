@@ -48,8 +48,12 @@ def _throughput(
     requests = amounts.shape[1]
     cols = rng.integers(0, requests, (*rows.shape, requests))
     picked = rows[..., None], cols
-    drawn: Floats = np.log(amounts[picked].sum((1, 2))) - np.log(times[picked].sum((1, 2)))
-    return drawn
+    if np.ptp(amounts) == 0:  # any draw has the same amount
+        drawn = np.full(len(rows), amounts.flat[0] * cols[0].size)
+    else:
+        drawn = amounts[picked].sum((1, 2))
+    logs: Floats = np.log(drawn) - np.log(times[picked].sum((1, 2)))
+    return logs
 
 
 def _tails(values: Floats, level: float) -> Interval:
