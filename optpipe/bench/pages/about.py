@@ -164,7 +164,8 @@ def drift(report: Entry, series: Sequence[Entry]) -> Safe:
     read = (
         "One line an artifact, black is the baseline; 1 is its own median. Lines that move "
         "together are the machine drifting, which paired ratios cancel; one that moves alone is "
-        "its own. Hollow marks are warm-up, crosses are tainted blocks: neither counts."
+        "its own. Hollow marks are warm-up, crosses are blocks that were disturbed or have one arm "
+        "alone: none counts."
     )
     if report["run"]["design"].get("resumed"):
         read += " Where the orange line is, the run was killed and went on."

@@ -211,7 +211,7 @@ def timeline(report: Entry, index: int, series: Sequence[Entry], title: str) -> 
         axes.set_ylabel("end to end, over its median")
 
     odd = sum(s["reason"] not in (None, "warmup") for s in every)
-    alt = f"{len(every)} iterations of {len(lines)} arms, {odd} of them in tainted blocks"
+    alt = f"{len(every)} iterations of {len(lines)} arms, {odd} of them marked: not counted"
     return draw(210, paint, title, alt)
 
 
