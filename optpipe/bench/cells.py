@@ -70,17 +70,17 @@ class Table:
             return None, why
         if base is None:
             return None, self._unpaired(name) or f"the baseline has no numbers here: {lost}"
-        device, apart = self._device(self.outcome.baseline), 0.0
+        device, slack = self._device(self.outcome.baseline), 0.0
         if metric == "peak_bytes" and self._device(name) != device:
             return None, peak.OTHER_DEVICE
         if metric == "peak_bytes":
-            apart = peak.apart(base, own, self.timed(AGAIN, cell)[0], device == CPU)
+            slack = peak.slack(base, own, self.timed(AGAIN, cell)[0], device == CPU)
         before, after = pairs(base, own, metric, anchored=True)
         if not before:
             return None, self._unpaired(name) or missing(metric, cell)
         logs = log_ratios(after, before) if metric == "tokens_per_s" else log_ratios(before, after)
         bench = self.outcome.bench
-        return exponential(paired(logs, bench.level, bench.margin, apart)), ""
+        return exponential(paired(logs, bench.level, bench.margin, slack)), ""
 
     def cell(self, name: str, cell: Cell) -> Entry:
         """The whole entry of an arm; verdicts are added once the family of them is known."""
@@ -176,9 +176,9 @@ def interval(shift: Shift, level: float) -> Entry:
         reasons["dependent"] = (
             f"neighbouring blocks are alike (autocorrelation {shift.rho:.2f}): they count as fewer"
         )
-    if shift.apart:
+    if shift.slack:
         reasons["processes"] = (
-            f"two processes of one arm may differ by {math.expm1(shift.apart):.1%} of memory "
+            f"two processes of one arm may differ by {math.expm1(shift.slack):.1%} of memory "
             "in all blocks alike: the interval is wider by that"
         )
     if shift.disputed:

@@ -16,7 +16,7 @@ TWICE = 2
 """As one pair of processes may by chance be nearer to each other than most."""
 
 
-def apart(base: Turns, own: Turns, again: Turns | None, on_cpu: bool) -> float:
+def slack(base: Turns, own: Turns, again: Turns | None, on_cpu: bool) -> float:
     """By how much the logs of the peaks of two processes may differ, were they of one arm.
 
     ``again``: of the second process of the baseline, if there is one. What devices allocate is

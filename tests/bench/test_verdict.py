@@ -11,7 +11,7 @@ RNG = np.random.default_rng(0)
 
 def evidence(speedup, sd=0.01, n=20, equal=0.0, **fields):
     logs = RNG.normal(np.log(speedup), sd, n)
-    return Evidence(shift=exponential(paired(logs, margin=np.log(1.02), apart=equal)), **fields)
+    return Evidence(shift=exponential(paired(logs, margin=np.log(1.02), slack=equal)), **fields)
 
 
 def one(given, looks=1, delta=0.02):

@@ -65,10 +65,8 @@ class Posterior:
     def interval(self, level: float) -> Interval:
         shares = np.array([(1 - level) / 2, (1 + level) / 2])
         each = self.means + self.errors * stdtrit(self.df, shares)[:, None]
-        low, high = (
-            each.min(1),
-            each.max(1),
-        )  # a quantile of a mixture lies among those of its parts
+        # a quantile of a mixture lies among those of its parts
+        low, high = each.min(1), each.max(1)
         for _ in range(STEPS if self.errors.any() else 0):
             half = (low + high) / 2
             under = self.below(half) < shares
@@ -105,20 +103,20 @@ def posterior(values: Sequence[float] | Floats) -> Posterior:
 
 
 def paired(
-    differences: Sequence[float], level: float = LEVEL, margin: float = 0.0, apart: float = 0.0
+    differences: Sequence[float], level: float = LEVEL, margin: float = 0.0, slack: float = 0.0
 ) -> Shift:
     """The Hodges-Lehmann shift with an interval and p-values that hold for dependent blocks too.
 
     ``p_margin`` is that of a shift of ``margin`` or more, either way; the interval lies within the
-    margin exactly where it is at most 1 - level. ``apart``: equal arms may differ by so much in all
+    margin exactly where it is at most 1 - level. ``slack``: equal arms may differ by so much in all
     pairs; a shift has to be beyond it, the interval is wider by it at both ends.
     """
-    ranked = replace(hodges_lehmann(differences, level), apart=apart)
+    ranked = replace(hodges_lehmann(differences, level), slack=slack)
     if len(differences) < FEWEST:
         return ranked
     values, dependent = np.asarray(differences, dtype=np.float64), posterior(differences)
-    nearest = math.copysign(min(apart, abs(ranked.estimate)), ranked.estimate)
-    inner = max(margin - apart, 0.0)
+    nearest = math.copysign(min(slack, abs(ranked.estimate)), ranked.estimate)
+    inner = max(margin - slack, 0.0)
     centers = (nearest, inner, -inner)
     p = [max(statistics.signed_rank_p(values, center), float(other))
          for center, other in zip(centers, dependent.p(*centers), strict=True)]  # fmt: skip
@@ -126,7 +124,7 @@ def paired(
     within = abs(ranked.estimate) < inner and lower < 1 / 2 < upper
     low, high = dependent.interval(level)
     if ranked.ci is not None:
-        low, high = min(low, ranked.ci[0]) - apart, max(high, ranked.ci[1]) + apart
+        low, high = min(low, ranked.ci[0]) - slack, max(high, ranked.ci[1]) + slack
     return replace(
         ranked,
         ci=None if ranked.ci is None else (low, high),

@@ -43,7 +43,7 @@ class Shift:
     """Two-sided, of a shift beyond a margin, where one was asked about."""
     rho: float = 0.0
     """Autocorrelation of neighbouring differences, where it was estimated."""
-    apart: float = 0.0
+    slack: float = 0.0
     """What equal arms may differ by in all pairs alike: the interval and p-values allow for it."""
 
     @property

@@ -92,18 +92,18 @@ def _decide(
         reason = f"not timed side by side, where it would be {verdict}: {reason}"
         verdict = INCONCLUSIVE
     needed, mde = None, smallest_effect(shift, alpha)
-    if verdict == INCONCLUSIVE and shift.apart >= math.log1p(delta):
-        equal = f"equal arms may differ by {math.expm1(shift.apart):.1%}"
+    if verdict == INCONCLUSIVE and shift.slack >= math.log1p(delta):
+        equal = f"equal arms may differ by {math.expm1(shift.slack):.1%}"
         reason += f"; more blocks do not help, {equal}"
     elif verdict == INCONCLUSIVE:
-        needed = blocks_needed(shift, delta - math.expm1(shift.apart), alpha)
+        needed = blocks_needed(shift, delta - math.expm1(shift.slack), alpha)
         needed = max(needed, fewest_pairs(1 - alpha))
     return Verdict(
         verdict=verdict,
         reason=reason,
         p_holm=both[1] if verdict == EQUIVALENT else both[0],
         blocks_needed=needed,
-        mde=None if mde is None else mde + shift.apart,
+        mde=None if mde is None else mde + shift.slack,
     )
 
 
