@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from optpipe.bench import capacity, energy, peak, rates
+from optpipe.bench import capacity, energy, rates
 from optpipe.bench.bottlenecks import host
 from optpipe.bench.evidence import resampling
-from optpipe.bench.evidence.dependence import DEPENDENT, paired
+from optpipe.bench.evidence.dependence import DEPENDENT, no_interval, paired
+from optpipe.bench.evidence.processes import ONE_PROCESS, Level, Processes, between
 from optpipe.bench.evidence.statistics import (
     LEVEL,
     Shift,
     exponential,
-    fewest_pairs,
     fewest_samples,
     log_ratios,
     median,
@@ -31,8 +30,7 @@ from optpipe.bench.serving import goodput, load
 from optpipe.bench.serving.request import pooled
 from optpipe.bench.timed.clock import METRICS, NO_STAMPS, ONE_TOKEN
 from optpipe.bench.timed.samples import AGAIN
-from optpipe.bench.timed.series import Turns, collect, pairs
-from optpipe.bench.worker import CPU
+from optpipe.bench.timed.series import Turns, collect, levels, pairs
 
 FIELDS = (*METRICS, "peak_bytes")
 """What a cell holds a number of."""
@@ -41,6 +39,8 @@ OF_REQUESTS = ("ttft_s", "ttft_sched_s", "itl_s", "icl_s")
 ONE_NUMBER = "a single number: nothing varies from block to block"
 HAND_OVER = "one request at a time never queues: this is the hand-over between two processes"
 ITSELF = "the baseline itself"
+NO_PEAK = "this system keeps no peak of resident memory that can be reset"
+OTHER_DEVICE = "it runs on another device than the baseline: their memories are two things"
 Entry = dict[str, Any]
 
 
@@ -70,17 +70,31 @@ class Table:
             return None, why
         if base is None:
             return None, self._unpaired(name) or f"the baseline has no numbers here: {lost}"
-        device, slack = self._device(self.outcome.baseline), 0.0
-        if metric == "peak_bytes" and self._device(name) != device:
-            return None, peak.OTHER_DEVICE
-        if metric == "peak_bytes":
-            slack = peak.slack(base, own, self.timed(AGAIN, cell)[0], device == CPU)
+        if metric == "peak_bytes" and self._device(name) != self._device(self.outcome.baseline):
+            return None, OTHER_DEVICE
         before, after = pairs(base, own, metric, anchored=True)
         if not before:
             return None, self._unpaired(name) or missing(metric, cell)
         logs = log_ratios(after, before) if metric == "tokens_per_s" else log_ratios(before, after)
-        bench = self.outcome.bench
-        return exponential(paired(logs, bench.level, bench.margin, slack)), ""
+        bench, drawn = self.outcome.bench, self._processes(name, cell, metric)
+        return exponential(paired(logs, bench.level, bench.margin, drawn)), ""
+
+    def _processes(self, name: str, cell: Cell, metric: str) -> Processes | None:
+        """None where arms took turns to be loaded: each of their pairs has processes of its own."""
+        outcome, key = self.outcome, (cell, metric)
+        if name in outcome.anchored:
+            return None
+        if key not in self._levels:
+            here = {arm: turns for (arm, at), turns in self.turns.items() if at == cell}
+            together = {arm: of for arm, of in here.items() if arm not in outcome.anchored}
+            self._levels[key] = levels(together, metric)
+        # that the two of the baseline differ is the question there, and what is known elsewhere
+        same = {} if name == AGAIN else {AGAIN: outcome.baseline}
+        return between(self._levels[key], outcome.baseline, name, same)
+
+    @cached_property
+    def _levels(self) -> dict[tuple[Cell, str], list[Level]]:
+        return {}
 
     def cell(self, name: str, cell: Cell) -> Entry:
         """The whole entry of an arm; verdicts are added once the family of them is known."""
@@ -168,25 +182,28 @@ class Table:
 
 def interval(shift: Shift, level: float) -> Entry:
     """A ratio with its interval, Student's beside it, and what is odd about them."""
-    few = f"{shift.pairs} paired blocks; {fewest_pairs(level)} are the fewest with an interval at "
-    reasons = {} if shift.ci else {"ci": f"{few}{100 * level:.4g} %"}
+    reasons = {} if shift.ci else {"ci": no_interval(shift, level)}
     if shift.check is None:
         reasons["ci_check"] = "one paired block has no standard deviation"
     if shift.rho > DEPENDENT:
         reasons["dependent"] = (
             f"neighbouring blocks are alike (autocorrelation {shift.rho:.2f}): they count as fewer"
         )
-    if shift.slack:
-        reasons["processes"] = (
-            f"two processes of one arm may differ by {math.expm1(shift.slack):.1%} of memory "
-            "in all blocks alike: the interval is wider by that"
-        )
     if shift.disputed:
         reasons["disputed"] = "Student's interval disagrees with that of the signed rank: bursts"
+    drawn: Entry = {}
+    if shift.processes is not None:
+        known = shift.processes.df > 0
+        drawn = {
+            "processes": shift.processes.sets,
+            "process_sd": shift.processes.sd if known else None,
+        }
+        reasons |= {} if known else {"process_sd": ONE_PROCESS}
     return {
         "ratio": shift.estimate,
         "ci": None if shift.ci is None else list(shift.ci),
         "ci_check": None if shift.check is None else list(shift.check),
+        **drawn,
         "reasons": reasons,
     }
 
@@ -202,7 +219,7 @@ def nothing(why: str) -> Entry:
 def missing(metric: str, cell: Cell) -> str:
     """Why a timed arm has no value of a metric."""
     if metric == "peak_bytes":
-        return peak.NO_PEAK
+        return NO_PEAK
     return ONE_TOKEN if metric == "tpot_s" and cell.new_tokens == 1 else NO_STAMPS
 
 

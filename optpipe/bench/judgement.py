@@ -15,6 +15,8 @@ from optpipe.bench.timed.clock import COMPARED
 from optpipe.bench.timed.samples import AGAIN
 
 SECONDARY = "a secondary metric: an interval, no verdict"
+EQUAL_LEVEL = 0.01
+"""How often two identical workers are found to differ: it voids what may be an honest run."""
 NO_PAIR = "the baseline was not resident twice: it does not fit in memory, or was ended"
 
 
@@ -64,7 +66,7 @@ class Judgement:
             key: "aa_pair_differs: two identical workers of the baseline differ, "
             f"ratio {self.pair[key].estimate:.3f}, p {verdict.p_holm:.2g}"
             for key, verdict in zip(tested, found, strict=True)
-            if verdict.verdict in ("FASTER", "SLOWER")
+            if verdict.verdict in ("FASTER", "SLOWER") and (verdict.p_holm or 0) <= EQUAL_LEVEL
         }
 
     @cached_property

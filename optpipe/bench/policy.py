@@ -19,21 +19,25 @@ DTYPES = ("float32", "float16", "bfloat16")
 class BenchConfig:
     """The key ``bench`` of a run."""
 
-    blocks: int = 12
-    """Paired repeats of every cell before the first look at the results; see `stopping.looks`."""
-    max_blocks: int = 24
+    blocks: int = 16
+    """Paired repeats of every cell by each process of an arm."""
+    processes: int = 2
+    """Of every arm, one after the other, before the first look at the results: what two processes
+    of one arm differ by, blocks do not show. See `stopping.looks`."""
+    max_processes: int = 2
     """A cell whose intervals are still too wide at the last look ends here."""
     half_width: float = 0.05
     """A cell ends at a look where every primary ratio is known to this share of itself."""
     delta: float = 0.02
     """Ratios whose interval lies within 1 +- delta are called EQUIVALENT."""
     warmup: int = 4
-    """Fewest untimed iterations of every arm before each cell, at least 2: with 4, the first 12
+    """Fewest untimed iterations of every process before each cell, at least 2: with 4, 16
     blocks show the end of a start of 15, which otherwise is like an arm that is slower."""
     warmup_s: float = 8.0
     """Warm-up of a cell, all arms together, ends here even if an arm has not settled."""
     budget_s: float = 120.0
-    """Time for all timed cells together; a cell stops early after a whole block, at least one."""
+    """Time for all timed cells together, with the start of their processes; a cell stops early
+    after a whole block, at least one of each process that is started."""
     iteration_limit_s: float = 20.0
     """An arm whose warm-up iteration takes longer is dropped from that cell, with that reason."""
     threads: int | None = None
@@ -52,7 +56,8 @@ class BenchConfig:
     quality: QualityConfig = field(default_factory=QualityConfig)
 
     def __post_init__(self) -> None:
-        least = {"blocks": 1, "max_blocks": self.blocks, "warmup": 2, "warmup_s": 0, "budget_s": 0,
+        least = {"blocks": 1, "processes": 1,
+                 "max_processes": self.processes, "warmup": 2, "warmup_s": 0, "budget_s": 0,
                  "iteration_limit_s": 0, "seed": 0,
                  "energy_s": LEAST_ENERGY_S if self.energy_s else 0,
                  **({} if self.turn_s is None else {"turn_s": 0.001})}  # fmt: skip
@@ -75,8 +80,8 @@ class BenchConfig:
 
     @property
     def looks(self) -> tuple[int, ...]:
-        """Block counts at which a cell may end."""
-        return looks(self.blocks, self.max_blocks)
+        """Counts of processes of an arm at which a cell may end."""
+        return looks(self.processes, self.max_processes)
 
     @property
     def margin(self) -> float:

@@ -58,7 +58,8 @@ def _design(outcome: Outcome, judgement: Judgement) -> Entry:
     """How the numbers came about, and how small a difference they can show."""
     windows, judged, bench = outcome.windows, outcome.judged, outcome.bench
     return {
-        "timing": "paired blocks, arms interleaved in random order, resident worker processes",
+        "timing": "paired blocks, arms interleaved in random order, resident worker processes, "
+        f"{_sets(outcome)} of every arm one after the other",
         "sessions": outcome.sessions,
         "anchored": sorted(outcome.anchored),
         "resumed": resumed(
@@ -71,13 +72,19 @@ def _design(outcome: Outcome, judgement: Judgement) -> Entry:
         "quality": {**(windows.source if windows else NO_WINDOWS), "windows": judged.windows},
         "interval": f"{LEVEL:.0%} over all looks ({100 * bench.level:.4g} % each), "
         "on paired log-ratios: signed rank around the Hodges-Lehmann estimate, and the "
-        "mean of an AR(1) series, whichever reaches farther",
+        "mean of an AR(1) series, and what processes of one arm differ by, whichever reaches "
+        "farthest",
         "looks": list(bench.looks),
         "delta": bench.delta,
         "resolution": judgement.resolution,
         "instrument": dict(outcome.instrument) if outcome.instrument else None,
         "reasons": {} if outcome.instrument else {"instrument": "the self-test was not run"},
     }
+
+
+def _sets(outcome: Outcome) -> int:
+    """The most processes an arm had, apart from those that a kill ended."""
+    return 1 + max((sample.residence for sample in outcome.measured.samples), default=0)
 
 
 def _first(prompts: Mapping[int, str]) -> str:

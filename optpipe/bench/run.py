@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from optpipe.bench.scenario import Cell, Scenario, cells, prompt_seed, read_text
 from optpipe.bench.timed import journal
 from optpipe.bench.timed.anchored import Alternation
 from optpipe.bench.timed.contention import meter_of
-from optpipe.bench.timed.measure import BenchConfig, Session, measure
+from optpipe.bench.timed.measure import BenchConfig, Session
+from optpipe.bench.timed.residences import Residences
 from optpipe.bench.timed.samples import AGAIN
 from optpipe.bench.timed.selftest import SHORT_RUNS, selftest
 from optpipe.bench.timed.timing import WARM
@@ -179,24 +181,31 @@ def _side_by_side(outcome: Outcome, number: int, given: Sequence[Arm], progress:
         outcome.loaded |= residents.loaded
         outcome.broken |= cold.note(outcome, residents)
         _judge(outcome, residents, progress)
-    with reside([arm for arm in given if arm.name not in outcome.broken], progress) as residents:
+    start = partial(_session, outcome, number, given, progress)
+    Residences(outcome=outcome, number=number, start=start, progress=progress).run()
+    if bench.energy_s:
+        with start() as session:
+            measure_energy(session, outcome.cells, bench, outcome.measured, progress)
+
+
+@contextmanager
+def _session(
+    outcome: Outcome, number: int, given: Sequence[Arm], progress: Progress
+) -> Iterator[Session]:
+    """New processes of these arms, which have answered one request."""
+    with reside([arm for arm in given if outcome.absent(arm.name) is None], progress) as residents:
         outcome.broken |= residents.broken
         outcome.loaded |= {
             n: residents.loaded[n] for n, w in residents.workers.items() if w.arm.endpoint
         }
         outcome.broken |= cold.note(outcome, residents)
-        session = Session(
+        yield Session(
             number=number,
             workers=residents.workers,
             loaded=residents.loaded,
-            budget_s=bench.budget_s / len(outcome.sessions),
             journal=outcome.journal,
             meter=meter_of({told.gpu for told in residents.loaded.values() if told.gpu}),
         )
-        if residents.workers:
-            measure(session, outcome.cells, bench, outcome.measured, progress)
-        if residents.workers and bench.energy_s:
-            measure_energy(session, outcome.cells, bench, outcome.measured, progress)
 
 
 def _taking_turns(outcome: Outcome, name: str, progress: Progress) -> None:
@@ -284,11 +293,8 @@ def _whole(outcome: Outcome) -> None:
 
 def _valid(found: Mapping[str, Any]) -> None:
     """Raise TimingError if a verdict is INVALID: the report says so, and the exit code, too."""
-    for artifact in found["artifacts"]:
-        for cell in artifact["cells"]:
-            for metric, entry in cell["speedup"].items():
-                if entry.get("verdict") == INVALID:
-                    raise TimingError(
-                        f"'{artifact['name']}', {cell['scenario']}, {metric}: INVALID: "
-                        f"{entry['reason']}"
-                    )
+    for artifact, cell in ((a, cell) for a in found["artifacts"] for cell in a["cells"]):
+        where = f"'{artifact['name']}', {cell['scenario']}"
+        for metric, entry in cell["speedup"].items():
+            if entry.get("verdict") == INVALID:
+                raise TimingError(f"{where}, {metric}: INVALID: {entry['reason']}")

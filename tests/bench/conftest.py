@@ -17,7 +17,8 @@ from optpipe.errors import StageError
 TRUST = {
     "selftest", "clock", "sessions", "recorded", "statistics", "dependence", "stopping", "request",
     "roofline", "bottleneck", "cost", "divergence", "gate", "checks", "serve", "schema", "verdict",
-    "journal", "rates", "ceilings", "contention", "quality", "resampling",
+    "journal", "processes", "rates", "ceilings", "contention", "quality", "resampling",
+    "residences",
 }  # fmt: skip
 """Files of the tests T1 to T13 and T16 of the specification: pytest -m trust. T16 is the simulated
 one of `sessions`; `planted` is the same on the real engine, minutes long."""

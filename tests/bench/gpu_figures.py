@@ -75,7 +75,7 @@ def aa(store: Path) -> None:
                           budget_s=600.0)  # fmt: skip
         for turn_s in TURNS_S:
             found = Measured(scenarios={cell.scenario: Scenario() for cell in CELLS})
-            config = BenchConfig(blocks=20, max_blocks=20, turn_s=turn_s)
+            config = BenchConfig(blocks=20, processes=1, max_processes=1, turn_s=turn_s)
             start = time.perf_counter()
             measure(session, CELLS, config, found, lambda *_: None)
             print(f"turn {turn_s} s, took {time.perf_counter() - start:.0f} s", flush=True)

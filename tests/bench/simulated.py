@@ -1,6 +1,7 @@
 """A machine that only exists in numbers: its clock moves when an arm works, its noise is known."""
 
 import math
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -8,8 +9,8 @@ from optpipe.bench import report
 from optpipe.bench.outcome import Outcome
 from optpipe.bench.scenario import Cell, Scenario
 from optpipe.bench.timed.clock import Trace
-from optpipe.bench.timed.journal import Journal
-from optpipe.bench.timed.measure import BenchConfig, Measured, Session, measure
+from optpipe.bench.timed.measure import BenchConfig, Measured, Session
+from optpipe.bench.timed.residences import Residences
 from optpipe.bench.timed.samples import AGAIN
 from optpipe.bench.worker import Iterate, Iteration, Loaded
 
@@ -35,10 +36,10 @@ FACTS = {
 class Machine:
     """Noise as on a shared machine: AR(1) with 0.75, a slow drift, bursts of three times."""
 
-    def __init__(self, seed, sd=0.05, rho=0.75, drift=0.3, bursts=0.02):
+    def __init__(self, seed, sd=0.05, rho=0.75, drift=0.3, bursts=0.02, processes=0.0):
         self.now_ns = 1
         self.rng = np.random.default_rng(seed)
-        self.sd, self.rho, self.bursts = sd, rho, bursts
+        self.sd, self.rho, self.bursts, self.processes = sd, rho, bursts, processes
         self.state = 0.0
         self.phase, self.drift = self.rng.uniform(0, 2 * math.pi), drift
         self.last = None
@@ -64,7 +65,18 @@ class SimWorker:
     def __init__(self, machine, name, scale=1.0, spoil=None, when_second=1.0):
         self.machine, self.name, self.scale = machine, name, scale
         self.spoil, self.when_second = spoil, when_second
-        self.asked, self.iterations, self.loaded, self.killed = None, 0, TOLD, False
+        self.asked, self.loaded, self.killed, self.total = None, TOLD, False, 0
+        self.start()
+
+    def start(self):
+        """A new process, which may be a little slower or quicker, larger or smaller than others."""
+        draw = (
+            self.machine.rng.normal(0, self.machine.processes, 2)
+            if self.machine.processes
+            else (0, 0)
+        )
+        self.luck, self.size = np.exp(draw)
+        self.iterations = 0
 
     def submit(self, command, doing):
         self.asked = command
@@ -75,9 +87,11 @@ class SimWorker:
             self.machine.now_ns += 10 * MS
             return None
         self.iterations += 1
+        self.total += 1
         ids, new = self.asked.ids_BS, self.asked.new_tokens
         second = self.machine.last not in (None, self.name)
         slow = self.machine.slowness() * self.scale * (self.when_second if second else 1.0)
+        slow *= self.luck
         self.machine.last = self.name if self.machine.last is None else None
         start = self.machine.now_ns + MS // 10
         gaps = np.array([50 * MS, *[5 * MS] * (new - 1)]) * slow
@@ -85,7 +99,7 @@ class SimWorker:
         tokens = (ids.sum(-1)[None] + np.arange(new)[:, None]) % VOCAB  # (N, B)
         trace = Trace(start_ns=start, token_ns=stamps, tokens_NB=tokens)
         cpu_s = 2 * (stamps[-1] - start) / 1e9
-        answer = Iteration(trace=trace, cpu_s=cpu_s, peak_bytes=1_000_000)
+        answer = Iteration(trace=trace, cpu_s=cpu_s, peak_bytes=int(1_000_000 * self.size))
         if self.spoil is not None:
             answer = self.spoil(answer, ids, self)
         last = answer.trace.token_ns[-1] if answer and answer.trace.token_ns else stamps[-1]
@@ -100,28 +114,35 @@ def session(machine, arms, workers, config=None, cells=CELLS, **fields):
     """A whole benchmark on a simulated machine: the outcome, the baseline timed twice."""
     config = config or BenchConfig(warmup_s=0.0, budget_s=1e9)
     workers = {worker.name: worker for worker in workers}
-    given = Session(
-        number=0,
-        workers=workers,
-        loaded=dict.fromkeys(workers, TOLD),
-        budget_s=config.budget_s,
-        clock=machine.clock,
-        meter=lambda: None,
-        journal=fields.pop("journal", None) or Journal(),
-    )
-    found = Measured(scenarios=SCENARIOS)
-    measure(given, cells, config, found, lambda *what: None)
     names = [name for name in workers if name != AGAIN]
-    return Outcome(
+    outcome = Outcome(
         arms=arms,
         cells=list(cells),
         sessions=[names],
         left_out={},
         bench=config,
-        measured=found,
+        measured=Measured(scenarios=SCENARIOS),
         loaded=dict.fromkeys(names, TOLD),
         **fields,
     )
+
+    @contextmanager
+    def start():
+        alive = {name: w for name, w in workers.items() if outcome.absent(name) is None}
+        for worker in alive.values():
+            worker.start()
+        yield Session(
+            number=0,
+            workers=alive,
+            loaded=dict.fromkeys(alive, TOLD),
+            clock=machine.clock,
+            meter=lambda: None,
+            journal=outcome.journal,
+        )
+
+    progress, clock = (lambda *what: None), machine.clock
+    Residences(outcome=outcome, number=0, start=start, progress=progress, clock=clock).run()
+    return outcome
 
 
 def built(outcome):

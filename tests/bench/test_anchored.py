@@ -94,7 +94,7 @@ def test_what_the_machine_became_in_between_cancels_and_no_verdict_is_drawn(alte
 
 def test_a_run_of_many_looks_has_as_many_pairs_as_an_interval_at_its_level_takes(alternate):
     """Nine looks: 8 pairs would have none."""
-    outcome, loads, _ = alternate(blocks=1, max_blocks=256)
+    outcome, loads, _ = alternate(processes=1, max_processes=256)
     assert len(outcome.bench.looks) == 9 and len(loads) == 10
     entry = report.build(outcome, FACTS)["artifacts"][1]["cells"][0]["speedup"]["tpot_s"]
     assert entry["ci"] is not None and entry["ratio"] == pytest.approx(2, rel=0.02)

@@ -12,7 +12,7 @@ from optpipe.bench.timed.measure import BenchConfig
 from optpipe.bench.timed.samples import AGAIN, Sample
 from optpipe.bench.timed.series import collect
 
-CONFIG = BenchConfig(blocks=16, max_blocks=16, warmup_s=0.0, budget_s=1e9)
+CONFIG = BenchConfig(blocks=16, processes=1, max_processes=1, warmup_s=0.0, budget_s=1e9)
 
 
 pytestmark = pytest.mark.usefixtures("no_pause")

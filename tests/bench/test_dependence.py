@@ -17,6 +17,7 @@ from optpipe.bench.evidence.dependence import (
     posterior,
     smallest_effect,
 )
+from optpipe.bench.evidence.processes import Processes
 from optpipe.bench.evidence.statistics import Shift, exponential, hodges_lehmann
 from optpipe.bench.evidence.stopping import level
 from optpipe.bench.evidence.verdict import Evidence, verdicts
@@ -81,15 +82,21 @@ def test_a_report_of_four_keeps_its_error():
 steps = st.lists(st.floats(-0.05, 0.05), min_size=8, max_size=20)
 
 
-@given(steps, st.sampled_from([0.9, 0.95, 0.975]), st.sampled_from([0.0, 0.01, 0.03]))
-def test_the_interval_and_the_p_values_say_the_same(differences, of_look, slack):
-    shift, alone = paired(differences, of_look, MARGIN, slack), paired(differences, of_look)
-    assert shift.ci == pytest.approx((alone.ci[0] - slack, alone.ci[1] + slack), abs=1e-12)
+@given(steps, st.sampled_from([0.9, 0.95, 0.975]), st.sampled_from([None, 0.0, 0.001, 0.03]))
+def test_the_interval_and_the_p_values_say_the_same(differences, of_look, sd):
+    drawn = None if sd is None else Processes(sets=2, sd=sd, df=5)
+    shift, alone = paired(differences, of_look, MARGIN, drawn), paired(differences, of_look)
+    half = student.ppf((1 + of_look) / 2, 5) * (sd or 0)
+    hull = (min(alone.ci[0], alone.estimate - half), max(alone.ci[1], alone.estimate + half))
+    assert shift.ci == pytest.approx(hull, abs=1e-12)
     low, high = shift.ci
     edges = [abs(end - at) for end in shift.ci for at in (0.0, MARGIN, -MARGIN)]
     if min(edges) > 1e-9:  # at an edge, rounding decides
-        assert (shift.p <= 1 - of_look) == (not low <= 0 <= high)
-        assert (shift.p_margin <= 1 - of_look) == (low > -MARGIN and high < MARGIN)
+        differs, equal = not low <= 0 <= high, low > -MARGIN and high < MARGIN
+        assert not differs or shift.p <= 1 - of_look
+        assert not equal or shift.p_margin <= 1 - of_look
+        if drawn is None:
+            assert (differs, equal) == (shift.p <= 1 - of_look, shift.p_margin <= 1 - of_look)
 
 
 @given(steps, st.floats(-1, 1), st.floats(0.1, 10))

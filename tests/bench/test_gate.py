@@ -375,7 +375,7 @@ def test_content_is_hashed_with_its_names(tmp_path):
 
 def test_what_is_edited_after_the_gate_is_not_what_was_judged(arm):
     given = [arm("baseline"), arm("a", hoards=True), arm("b")]
-    bench = BenchConfig(blocks=1, max_blocks=1, warmup=2, warmup_s=0, budget_s=9)
+    bench = BenchConfig(blocks=1, processes=1, max_processes=1, warmup=2, warmup_s=0, budget_s=9)
 
     def progress(what, done, total):
         if what.startswith("benchmark: single"):

@@ -128,8 +128,7 @@ def test_only_steps_that_were_queued_whole_tell_how_long_the_work_is(monkeypatch
 
 
 def test_memory_of_two_devices_is_not_compared():
-    from optpipe.bench.cells import Table
-    from optpipe.bench.peak import OTHER_DEVICE
+    from optpipe.bench.cells import OTHER_DEVICE, Table
 
     outcome = SimpleNamespace(
         baseline="baseline", loaded={"baseline": SimpleNamespace(device="GPU"),

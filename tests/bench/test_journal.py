@@ -21,7 +21,8 @@ from optpipe.bench.timed.samples import AGAIN, resumed
 
 FACTS = {"artifacts": {"a": "f1"}, "bench": {"blocks": 12, "seed": 0}, "node": "n", "boot": "b1"}
 SCALES = {"baseline": 1.0, AGAIN: 1.0, "copy": 0.9}
-CONFIG = BenchConfig(warmup=3, warmup_s=0.0, budget_s=1e9)
+CONFIG = BenchConfig(blocks=12, processes=1, max_processes=1, warmup=3, warmup_s=0.0, budget_s=1e9)
+TWICE = replace(CONFIG, blocks=6, processes=2, max_processes=2)
 
 
 pytestmark = pytest.mark.usefixtures("no_pause")
@@ -31,7 +32,7 @@ def workers(machine, scales=SCALES, killed_at=None):
     """Processes; the first of them ends everything in the midst of its iteration of this number."""
 
     def kill(answer, ids, worker):
-        if worker.iterations == killed_at:
+        if worker.total == killed_at:
             raise KeyboardInterrupt
         return answer
 
@@ -52,6 +53,15 @@ def turns(outcome):
     return found
 
 
+def told(found):
+    """What a report says of its arms; one that was killed has had more processes."""
+    for artifact in found["artifacts"]:
+        for cell in artifact["cells"]:
+            for entry in cell["speedup"].values():
+                entry.pop("processes", None)
+    return found["artifacts"]
+
+
 def interrupted(pair, folder, machine, killed_at, config=CONFIG, then=SCALES):
     """A session that was killed, and went on: its outcome and the iterations of both parts."""
     first, second = workers(machine, killed_at=killed_at), workers(machine, then)
@@ -59,33 +69,36 @@ def interrupted(pair, folder, machine, killed_at, config=CONFIG, then=SCALES):
         session(machine, pair, first, config, journal=kept)
     with opened(folder, lambda: FACTS) as kept:
         outcome = session(machine, pair, second, config, journal=kept)
-    return outcome, sum(worker.iterations for worker in (*first, *second))
+    return outcome, sum(worker.total for worker in (*first, *second))
 
 
-# three cells of 3 + 12 iterations an arm: it is killed in warm-up, in the first, the last and some
-# other timed block of a cell
-@pytest.mark.parametrize("killed_at", [2, 4, 15, 17, 25, 45])
+# three cells of 3 + 6 iterations by the first process of an arm, and of 2 + 6 by the second: it is
+# killed in warm-up, in the first, the last and some other timed block of a cell
+@pytest.mark.parametrize("killed_at", [2, 4, 9, 11, 16, 27, 29, 30, 40, 51])
 def test_order_and_result_are_those_of_a_session_that_was_not_killed(pair, tmp_path, killed_at):
-    straight = session(machine := quiet(), pair, asked := workers(machine), CONFIG)
-    outcome, iterations = interrupted(pair, str(tmp_path), quiet(), killed_at)
+    straight = session(machine := quiet(), pair, asked := workers(machine), TWICE)
+    outcome, iterations = interrupted(pair, str(tmp_path), quiet(), killed_at, TWICE)
     assert turns(outcome) == turns(straight) and len(turns(straight)) == 3 * 12
-    number, at = divmod(killed_at - 1, 15)
-    more = iterations - sum(worker.iterations for worker in asked)
-    assert 0 < more - 3 * min(at, 3) <= 3, "warm-up done again, and the block in progress"
+    second = killed_at > 27
+    number, at = divmod(killed_at - 28, 8) if second else divmod(killed_at - 1, 9)
+    number, warm = (number + 3, 2) if second else (number, 3)
+    more = iterations - sum(worker.total for worker in asked)
+    assert 0 < more - 3 * min(at, warm) <= 3, "warm-up done again, and the block in progress"
     wanted, found = built(straight), built(outcome)
-    assert found["artifacts"] == wanted["artifacts"]
+    assert told(found) == told(wanted)
     assert found["run"]["design"]["prompts"] == wanted["run"]["design"]["prompts"]
-    [told] = found["run"]["design"]["resumed"]
-    assert told["after_blocks"] == 12 * number + max(at - 3, 0) and told["pause_s"] > 0
+    [pause] = found["run"]["design"]["resumed"]
+    assert pause["after_blocks"] == 6 * number + max(at - warm, 0) and pause["pause_s"] > 0
     assert wanted["run"]["design"]["resumed"] == []
 
 
 def test_looks_count_the_blocks_of_both_parts_and_the_budget_is_one(pair, tmp_path):
-    loud = Machine(0, sd=0.3, bursts=0)
-    outcome, _ = interrupted(pair, str(tmp_path), loud, 3 + 20)
+    loud, config = Machine(0, sd=0.3, bursts=0), replace(TWICE, max_processes=4)
+    outcome, _ = interrupted(pair, str(tmp_path), loud, 2 * 27 + 3 + 2, config)
     cell = built(outcome)["artifacts"][1]["cells"][0]
     assert cell["blocks"] == 24, "12 are too few at the first look, and it is not taken twice"
-    config = BenchConfig(warmup_s=0.0, budget_s=6, blocks=30, max_blocks=40)
+    assert {s.residence for s in outcome.measured.samples} == {0, 1, 2, 3}
+    config = BenchConfig(warmup_s=0.0, budget_s=6, blocks=30, processes=1, max_processes=1)
     counts = {}
     for killed_at in (10, 99):
         folder = tmp_path / str(killed_at)
@@ -178,9 +191,9 @@ def test_turns_are_as_long_as_before_however_fast_the_arms_have_become(pair, tmp
 
 
 def test_arms_that_were_dropped_or_died_stay_so(tmp_path):
-    known = dict(session=0, cell=CELLS[0], iterations=2, done=False, rate_per_s=None, hurried="h",
-                 stopped=None, prompts={7: "ab"}, dropped={"a": "slow"}, slow_starts={"b": "once"},
-                 dead={"c": "broke"})  # fmt: skip
+    known = dict(session=0, residence=0, cell=CELLS[0], iterations=2, done=False,
+                 rate_per_s=None, hurried="h", stopped=None, prompts={7: "ab"},
+                 dropped={"a": "slow"}, slow_starts={"b": "once"}, dead={"c": "broke"})  # fmt: skip
     write(tmp_path, Entry(samples=[PLAIN], **known))
     found = Measured(scenarios=SCENARIOS)
     [entry] = read(tmp_path)
@@ -191,8 +204,8 @@ def test_arms_that_were_dropped_or_died_stay_so(tmp_path):
 
 
 def entry(*samples, done=False):
-    return Entry(session=0, cell=CELLS[0], samples=samples, iterations=2, done=done, dropped={},
-                 rate_per_s=0.5, hurried=None, stopped=None, prompts={}, slow_starts={},
+    return Entry(session=0, residence=0, cell=CELLS[0], samples=samples, iterations=2, done=done,
+                 dropped={}, rate_per_s=0.5, hurried=None, stopped=None, prompts={}, slow_starts={},
                  dead={})  # fmt: skip
 
 

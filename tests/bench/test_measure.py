@@ -22,7 +22,7 @@ CONF = sorted((Path(__file__).parents[2] / "conf" / "bench").glob("*.yaml"))
 
 CELL, ONE = Cell("single", 2, 8, 3), Cell("single", 1, 8, 1)
 QUICK = {
-    "blocks": 6, "max_blocks": 6, "warmup": 2, "warmup_s": 0, "seed": 5, "iteration_limit_s": 5,
+    "blocks": 6, "warmup": 2, "warmup_s": 0, "seed": 5, "iteration_limit_s": 5,
 }  # fmt: skip
 
 
@@ -58,7 +58,11 @@ def blocks(found, reason=None):
 def test_every_block_runs_every_arm_once_in_an_order_that_varies_with_the_seed(local):
     def order(seed):
         found, _ = timings(
-            {name: local(name) for name in "abc"}, seed=seed, blocks=60, max_blocks=60
+            {name: local(name) for name in "abc"},
+            seed=seed,
+            blocks=60,
+            processes=1,
+            max_processes=1,
         )
         return blocks(found)
 
@@ -118,7 +122,7 @@ def test_a_gpu_makes_turns_longer_and_a_slow_arm_keeps_them_short(local, monkeyp
     for gpu, wanted in ((None, {1}), ("GPU-7", {*range(2, 21)})):  # fewer on a busy machine
         workers = {name: local(name, prefill_s=0.005) for name in "ab"}
         workers["a"].gpu = gpu
-        found, _ = timings(workers, (ONE,), blocks=1, max_blocks=1)
+        found, _ = timings(workers, (ONE,), blocks=1, processes=1, max_processes=1)
         counts = Counter(s.arm for s in found.samples if s.reason is None)
         assert set(counts.values()) <= wanted, (gpu, counts)
     assert module.repeats([0.1, 0.2], 0.5) == 5, "as the quickest needs"
@@ -196,7 +200,7 @@ def test_the_budget_ends_a_cell_after_a_whole_block_but_not_before_the_first(loc
     workers = {name: local(name, prefill_s=0.001) for name in "ab"}
     found, _ = timings(workers, budget_s=0.0)
     assert blocks(found).keys() == {0}
-    assert found.stopped[CELL].endswith("after 1 of at least 6 and at most 6 blocks")
+    assert found.stopped[CELL].endswith("after 1 of 6 blocks of a process")
 
 
 def test_the_budget_covers_the_warm_up(local):
@@ -240,7 +244,7 @@ def test_there_is_a_quick_and_a_full_option():
     [
         ({"blocks": 0}, "bench.blocks=0"),
         ({"warmup": 1}, "bench.warmup=1"),
-        ({"max_blocks": 3}, "bench.max_blocks=3: at least 12"),
+        ({"max_processes": 1}, "bench.max_processes=1: at least 2"),
         ({"delta": 0.0}, "bench.delta=0.0: between 0 and 1"),
         ({"threads": 0}, "bench.threads=0"),
         ({"dtypes": []}, r"bench.dtypes=\[\]"),

@@ -33,7 +33,7 @@ def found(tmp_path_factory):
         "single": Scenario(prompt_tokens=[4], new_tokens=2),
         "server": Scenario(prompt_tokens=[4], new_tokens=2, serving=load),
     }
-    bench = BenchConfig(blocks=1, max_blocks=1, warmup=2, warmup_s=0, budget_s=9)
+    bench = BenchConfig(blocks=1, processes=1, max_processes=1, warmup=2, warmup_s=0, budget_s=9)
     return measure_arms(given, bench, scenarios, lambda *_: None)
 
 

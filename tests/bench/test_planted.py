@@ -43,7 +43,13 @@ def planted_arm(engine, name, scale):
 def timed(arms):
     """The report of these arms, the baseline resident twice."""
     config = BenchConfig(
-        blocks=12, max_blocks=48, half_width=0.02, budget_s=180, warmup_s=1, threads=1
+        blocks=12,
+        processes=1,
+        max_processes=1,
+        half_width=0.02,
+        budget_s=180,
+        warmup_s=1,
+        threads=1,
     )
     found = Measured(scenarios={"single": Scenario(prompt_tokens=[8], new_tokens=51)})
     with reside(arms, lambda *what: None) as residents:

@@ -43,7 +43,7 @@ def test_points_of_a_file_are_those_of_memory(tmp_path):
     raw.write(given, tmp_path)
     assert raw.read(tmp_path) == raw.points(given)
     one, two = raw.points(given)
-    assert one == {"arm": "a", "session": 0, "block": 1, "part": 0, "reason": None,
+    assert one == {"arm": "a", "session": 0, "residence": 0, "block": 1, "part": 0, "reason": None,
                    "cell": ("single", 2, 8, 3), "e2e_s": 2.0}  # fmt: skip
     assert two["reason"] == "warmup"
     assert raw.read(tmp_path / "none") == []

@@ -17,12 +17,11 @@ from optpipe.bench import report
 from optpipe.bench import run as run_module
 from optpipe.bench.bottlenecks.ceilings import Ceilings
 from optpipe.bench.bottlenecks.physics import Physics
-from optpipe.bench.cells import HAND_OVER, ONE_NUMBER
+from optpipe.bench.cells import HAND_OVER, NO_PEAK, ONE_NUMBER
 from optpipe.bench.fidelity.divergence import Positions
 from optpipe.bench.fidelity.quality import Judged, QualityConfig, Windows
 from optpipe.bench.outcome import Outcome, Start
 from optpipe.bench.pages import tables
-from optpipe.bench.peak import NO_PEAK
 from optpipe.bench.resident import plan
 from optpipe.bench.run import arms, run
 from optpipe.bench.scenario import Cell, Scenario
@@ -52,7 +51,8 @@ def sample(name, cell, block, scale=1.0, **fields):
     gaps = [20, 10, 14][: cell.new_tokens]
     stamps = tuple(int(MS + unit * total) for total in np.cumsum(gaps))
     known = {
-        "arm": name, "cell": cell, "session": 0, "block": block, "position": 0, "reason": None,
+        "arm": name, "cell": cell, "session": 0, "residence": block // 4, "block": block,
+        "position": 0, "reason": None,
         "submit_ns": 0, "start_ns": MS, "token_ns": stamps, "cpu_s": 0.04, "peak_bytes": 1000,
         "tokens_hash": "f",
     }  # fmt: skip
@@ -93,7 +93,7 @@ def outcome(arm):
             "starts": {name: [Start(0.5, 1.5, 0.25)] for name in names},
             "measured": Measured(samples=samples, scenarios=SCENARIOS),
             "windows": windows, "judged": Judged(scored=scored, windows=2),
-            "bench": BenchConfig(blocks=7, max_blocks=7),
+            "bench": BenchConfig(blocks=4),
         }  # fmt: skip
         return Outcome(**(known | fields))
 
@@ -157,7 +157,9 @@ def test_one_token_has_no_tpot_and_no_ratio_of_it(outcome):
 def test_five_blocks_give_a_ratio_but_no_interval(outcome):
     _, cell = entry(report.build(outcome(blocks=5), FACTS), "quick")
     assert cell["speedup"]["ttft_s"]["ratio"] > 1 and cell["speedup"]["ttft_s"]["ci"] is None
-    assert cell["speedup"]["ttft_s"]["reasons"]["ci"].startswith("5 paired blocks; 6 are")
+    assert cell["speedup"]["ttft_s"]["reasons"]["ci"].startswith(
+        "5 paired blocks are too few for an interval; 6"
+    )
 
 
 def test_a_dropped_arm_is_null_with_the_reason_and_so_is_what_needs_it(outcome):
@@ -306,7 +308,7 @@ def test_an_arm_that_breaks_costs_itself_only_and_the_run_says_so(tmp_path, monk
     nothing = Physics(costs={}, host_s={}, ceilings={"cpu": cpu}, devices={})
     monkeypatch.setattr(run_module, "survey", lambda *_: nothing)  # fakes have no weights to count
     bench = BenchConfig(
-        blocks=6, max_blocks=6, warmup=2, warmup_s=0, dtypes=["float32"], threads=1,
+        blocks=3, warmup=2, warmup_s=0, dtypes=["float32"], threads=1,
         quality=QualityConfig(windows=1), budget_s=9,  # which leaves no time for third starts
     )  # fmt: skip
     scenarios = {"single": Scenario(prompt_tokens=[8], new_tokens=3)}
@@ -362,7 +364,7 @@ def test_a_whole_run_of_a_real_model(tiny, tmp_path, capfd):
     ]
     quality = QualityConfig(windows=2, required="lossless", max_perplexity_increase=0.0)
     bench = BenchConfig(
-        blocks=6, max_blocks=6, warmup=2, warmup_s=0, dtypes=["float32"], threads=1,
+        blocks=3, warmup=2, warmup_s=0, dtypes=["float32"], threads=1,
         quality=quality, budget_s=20,  # which leaves no time for third starts
     )  # fmt: skip
     scenarios = {"single": Scenario(prompt_tokens=[16], new_tokens=4)}
@@ -378,7 +380,9 @@ def test_a_whole_run_of_a_real_model(tiny, tmp_path, capfd):
     for artifact in built["artifacts"]:
         found = artifact["quality"]
         assert found["kl_mean"] == 0 and found["top1_agreement"] == 1 and artifact["load_s"] > 0
-        assert artifact["cold"]["starts"] == 3 - len(artifact["lineage"]), "the baseline is twice"
+        assert artifact["cold"]["starts"] == 5 - 2 * len(artifact["lineage"]), (
+            "the baseline is twice"
+        )
         assert artifact["cold"]["first_request_s"] > 0 and artifact["made_s"] is None
         assert artifact["kv_cache"]["capacity_tokens"] > artifact["cells"][0]["max_sequences"] > 1
         assert found["perplexity"] > 1 and found["greedy_prefix"]["exact_share"] == 1

@@ -1,7 +1,10 @@
+import math
+
 import numpy as np
 import pytest
 
 from optpipe.bench.evidence.dependence import paired
+from optpipe.bench.evidence.processes import Processes
 from optpipe.bench.evidence.statistics import exponential
 from optpipe.bench.evidence.verdict import Evidence, primary, verdicts
 from optpipe.bench.scenario import Cell, Scenario
@@ -9,9 +12,10 @@ from optpipe.bench.scenario import Cell, Scenario
 RNG = np.random.default_rng(0)
 
 
-def evidence(speedup, sd=0.01, n=20, equal=0.0, **fields):
+def evidence(speedup, sd=0.01, n=20, processes=None, **fields):
     logs = RNG.normal(np.log(speedup), sd, n)
-    return Evidence(shift=exponential(paired(logs, margin=np.log(1.02), slack=equal)), **fields)
+    shift = paired(logs, margin=np.log(1.02), processes=processes)
+    return Evidence(shift=exponential(shift), **fields)
 
 
 def one(given, looks=1, delta=0.02):
@@ -35,20 +39,23 @@ def test_each_verdict(speedup, sd, verdict):
     assert found.p_holm is not None and found.mde > 0
 
 
-def test_what_equal_arms_differ_by_is_no_difference_and_no_number_of_blocks_helps():
-    """Peaks of memory of two processes: 5 % apart, each alike in all blocks."""
-    assert one(evidence(1.04, 0.001)).verdict == "FASTER"
-    found = one(evidence(1.04, 0.001, equal=0.05))
-    assert found.verdict == "INCONCLUSIVE" and found.blocks_needed is None and found.p_holm > 0.5
-    assert "equal arms may differ by 5.1%" in found.reason and found.mde > 0.05
-    assert one(evidence(1.08, 0.001, equal=0.05)).verdict == "FASTER"
-    assert one(evidence(0.92, 0.001, equal=0.05)).verdict == "SLOWER"
-    assert one(evidence(1.0, 0.001, equal=0.05)).verdict == "INCONCLUSIVE"
-    near = one(evidence(1.0, 0.001, equal=0.01))
-    assert near.verdict == "EQUIVALENT" and one(evidence(1.015, 0.001)).verdict == "EQUIVALENT"
-    near, as_near = one(evidence(1.0, 0.03, equal=0.01)), one(evidence(1.0, 0.03))
-    assert near.verdict == as_near.verdict == "INCONCLUSIVE"
-    assert near.blocks_needed > 2 * as_near.blocks_needed
+def test_what_processes_differ_by_is_no_difference_and_it_takes_more_of_them():
+    """Each alike in all of its blocks: 5 % apart, two of every arm, six arms."""
+    drawn = Processes(sets=2, sd=0.05, df=5)
+    assert one(evidence(1.1, 0.001)).verdict == "FASTER"
+    found = one(evidence(1.1, 0.001, processes=drawn))
+    assert found.verdict == "INCONCLUSIVE" and found.p_holm > 0.05 and found.mde > 0.15
+    sets = math.ceil(2 * ((1.959964 + 0.841621) * 0.05 / 0.02) ** 2 + 1.959964**2 / 4)
+    assert f"differ by 5.0%: {sets} of each are needed" in found.reason
+    assert found.blocks_needed == 10 * sets
+    assert one(evidence(1.3, 0.001, processes=drawn)).verdict == "FASTER"
+    assert one(evidence(0.7, 0.001, processes=drawn)).verdict == "SLOWER"
+    same = Processes(sets=2, sd=0.002, df=5)
+    assert one(evidence(1.0, 0.001, processes=same)).verdict == "EQUIVALENT"
+    assert one(evidence(1.0, 0.001, processes=drawn)).verdict == "INCONCLUSIVE"
+    single = one(evidence(1.3, 0.001, processes=Processes(sets=1, sd=0.0, df=0)))
+    assert single.verdict == "INCONCLUSIVE" and single.reason.startswith("one process of each arm")
+    assert single.mde is None and single.p_holm == 1
 
 
 def test_a_failed_check_beats_any_evidence_and_leaves_the_family():

@@ -17,6 +17,7 @@ import numpy as np
 from scipy.special import stdtr, stdtrit
 
 from optpipe.bench.evidence import statistics
+from optpipe.bench.evidence.processes import ONE_PROCESS, SAME, Processes
 from optpipe.bench.evidence.statistics import LEVEL, Floats, Interval, Shift, hodges_lehmann
 
 TRIM = 0.2
@@ -25,8 +26,6 @@ RHOS = np.linspace(0, 0.95, 11)
 """Autocorrelations, equally likely beforehand."""
 DEPENDENT = 0.5
 """Autocorrelation from which on a report mentions it."""
-SAME = 1e-12
-"""Differences of logs below it are rounding."""
 UNKNOWN = 1.7
 """Over the root of the number of independent values: the autocorrelation they are found to have."""
 FEWEST = 5
@@ -61,6 +60,13 @@ class Posterior:
         """Two-sided, that the middle is each of the centers."""
         below = self.below(centers)
         return 2 * np.minimum(below, 1 - below)
+
+    def likely_p(self, *centers: float) -> list[float]:
+        """As `p`, with the autocorrelation that it has on average as the only one."""
+        if not self.errors.any():
+            return [float(one) for one in self.p(*centers)]
+        mean, error = (float(np.interp(self.rho, RHOS, of)) for of in (self.means, self.errors))
+        return [2 * float(stdtr(self.df, -abs(mean - center) / error)) for center in centers]
 
     def interval(self, level: float) -> Interval:
         shares = np.array([(1 - level) / 2, (1 + level) / 2])
@@ -103,31 +109,41 @@ def posterior(values: Sequence[float] | Floats) -> Posterior:
 
 
 def paired(
-    differences: Sequence[float], level: float = LEVEL, margin: float = 0.0, slack: float = 0.0
+    differences: Sequence[float],
+    level: float = LEVEL,
+    margin: float = 0.0,
+    processes: Processes | None = None,
 ) -> Shift:
     """The Hodges-Lehmann shift with an interval and p-values that hold for dependent blocks too.
 
     ``p_margin`` is that of a shift of ``margin`` or more, either way; the interval lies within the
-    margin exactly where it is at most 1 - level. ``slack``: equal arms may differ by so much in all
-    pairs; a shift has to be beyond it, the interval is wider by it at both ends.
+    margin exactly where it is at most 1 - level. With ``processes`` both hold for whatever
+    processes the arms may get, not only for those that were timed; None: these alone are meant.
+    The interval reaches as far as that of the signed rank, of the series and of the processes. In
+    the p-values the processes take the place of the signed rank, which of n blocks cannot be below
+    2^(1 - n), and of autocorrelations that are unlikely: those move levels of processes, too.
     """
-    ranked = replace(hodges_lehmann(differences, level), slack=slack)
+    ranked = replace(hodges_lehmann(differences, level), processes=processes)
     if len(differences) < FEWEST:
         return ranked
     values, dependent = np.asarray(differences, dtype=np.float64), posterior(differences)
-    nearest = math.copysign(min(slack, abs(ranked.estimate)), ranked.estimate)
-    inner = max(margin - slack, 0.0)
-    centers = (nearest, inner, -inner)
-    p = [max(statistics.signed_rank_p(values, center), float(other))
-         for center, other in zip(centers, dependent.p(*centers), strict=True)]  # fmt: skip
-    lower, upper = dependent.below([-inner, inner])
-    within = abs(ranked.estimate) < inner and lower < 1 / 2 < upper
-    low, high = dependent.interval(level)
-    if ranked.ci is not None:
-        low, high = min(low, ranked.ci[0]) - slack, max(high, ranked.ci[1]) + slack
+    centers = (0.0, margin, -margin)
+    lower, upper = dependent.below([-margin, margin])
+    within = abs(ranked.estimate) < margin and lower < 1 / 2 < upper
+    ends = [dependent.interval(level), ranked.ci or (-math.inf, math.inf)]
+    if processes is None:
+        of_blocks = [float(one) for one in dependent.p(*centers)]
+        others = [statistics.signed_rank_p(values, center) for center in centers]
+    else:
+        half = processes.half_width(level)
+        ends.append((ranked.estimate - half, ranked.estimate + half))
+        of_blocks = dependent.likely_p(*centers)
+        others = [processes.p(ranked.estimate - center) for center in centers]
+    p = [max(both) for both in zip(of_blocks, others, strict=True)]
+    low, high = min(low for low, _ in ends), max(high for _, high in ends)
     return replace(
         ranked,
-        ci=None if ranked.ci is None else (low, high),
+        ci=(low, high) if math.isfinite(high - low) else None,
         p=p[0],
         p_margin=max(p[1:]) if within else 1.0,
         rho=dependent.rho,
@@ -151,7 +167,19 @@ def blocks_needed(shift: Shift, effect: float, alpha: float) -> int:
 def smallest_effect(shift: Shift, alpha: float) -> float | None:
     """The shift that as many pairs find in 80 % of runs; None where they can find none."""
     worth = shift.pairs / inflation(_expected(shift, shift.pairs), shift.pairs)
-    return statistics.smallest_effect(shift.spread, worth, alpha)
+    found = statistics.smallest_effect(shift.spread, worth, alpha)
+    if found is None or shift.processes is None:
+        return found
+    found = max(found, shift.processes.smallest_effect(alpha, statistics.POWER))
+    return found if math.isfinite(found) else None
+
+
+def no_interval(shift: Shift, level: float = LEVEL) -> str:
+    """Why there is none."""
+    if shift.pairs < (least := statistics.fewest_pairs(level)):
+        few = f"{shift.pairs} paired blocks are too few for an interval"
+        return f"{few}; {least} are the fewest with one at {100 * level:.4g} %"
+    return ONE_PROCESS
 
 
 def _expected(shift: Shift, pairs: int) -> float:

@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import bdtr, ndtri, stdtrit
 
+from optpipe.bench.evidence.processes import Processes
+
 Floats = NDArray[np.float64]
 Interval = tuple[float, float]
 LEVEL = 0.95
@@ -43,8 +45,8 @@ class Shift:
     """Two-sided, of a shift beyond a margin, where one was asked about."""
     rho: float = 0.0
     """Autocorrelation of neighbouring differences, where it was estimated."""
-    slack: float = 0.0
-    """What equal arms may differ by in all pairs alike: the interval and p-values allow for it."""
+    processes: Processes | None = None
+    """What processes of one arm differ by, where the interval and p-values allow for it."""
 
     @property
     def disputed(self) -> bool:

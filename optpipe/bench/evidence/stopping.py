@@ -23,10 +23,10 @@ values in all."""
 
 
 def looks(first: int, last: int) -> tuple[int, ...]:
-    """Block counts at which it may stop: doubling from ``first`` (20, 40, 80, 160), then ``last``.
+    """Counts at which it may stop: doubling from ``first`` (20, 40, 80, 160), then ``last``.
 
-    >>> looks(12, 24)
-    (12, 24)
+    >>> looks(2, 2), looks(4, 8), looks(3, 9)
+    ((2,), (4, 8), (3, 6, 9))
     """
     counts = [first]
     while 2 * counts[-1] < last:
@@ -70,24 +70,25 @@ def settled(values: Sequence[float], within: float = 0.02) -> bool:
     return len(medians) == BATCH and max(medians) <= (1 + within) * min(medians)
 
 
-def late_start(values: Sequence[float]) -> int:
+def late_start(values: Sequence[float], leap: float = LEAP) -> int:
     """How many leading values belong to another state, such as before a JIT compiled.
 
-    Higher or lower: of a ratio, either of the two may have started late.
+    Higher or lower: of a ratio, either of the two may have started late. ``leap``: by how many
+    standard deviations of neighbours it has to be apart.
     """
     array = np.asarray(values, dtype=np.float64)
-    return max(_head(array), _head(-array))
+    return max(_head(array, leap), _head(-array, leap))
 
 
-def _head(values: Floats) -> int:
+def _head(values: Floats, leap: float) -> int:
     """How many leading values are above the others because they came first.
 
     The change point of Pettitt (1979, Applied Statistics 28) on ranks, which a burst does not move:
     0 unless what is before it ranks above what is after it as chance does it in one of a hundred
     orders of the same values. Where there is one, it lies where both parts are nearest to their
-    medians, LEAP times further apart than neighbours in the later half: neighbours that resemble
-    each other drift, but do not leap. A start that decays ends later than its best step: it lasts
-    until a value is no higher than half of those that follow.
+    medians, ``leap`` times further apart than neighbours in the later half: neighbours that
+    resemble each other drift, but do not leap. A start that decays ends later than its best step:
+    it lasts until a value is no higher than half of those that follow.
     """
     z = _steps(np.argsort(np.argsort(values))[None])[0]
     if not len(z) or z.max() < _critical(len(values)):
@@ -96,7 +97,7 @@ def _head(values: Floats) -> int:
     cut = int(np.argmin(apart)) + 1
     steps = np.abs(np.diff(values))  # those of a decay are larger, and may be most
     noise = MAD_SD * float(min(np.median(steps), np.median(steps[len(steps) // 2 :])))
-    if np.median(values[:cut]) - np.median(values[cut:]) <= LEAP * noise:
+    if np.median(values[:cut]) - np.median(values[cut:]) <= leap * noise:
         return 0
     while values[cut] > np.median(values[cut:]) + noise / 2:
         cut += 1

@@ -11,8 +11,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from optpipe.bench.evidence.dependence import DEPENDENT, blocks_needed, smallest_effect
-from optpipe.bench.evidence.statistics import LEVEL, Shift, fewest_pairs, stepdown
+from optpipe.bench.evidence.dependence import (
+    DEPENDENT,
+    blocks_needed,
+    no_interval,
+    smallest_effect,
+)
+from optpipe.bench.evidence.statistics import LEVEL, POWER, Shift, fewest_pairs, stepdown
 from optpipe.bench.scenario import Cell, Scenario
 
 FASTER, SLOWER, EQUIVALENT = "FASTER", "SLOWER", "EQUIVALENT"
@@ -91,35 +96,42 @@ def _decide(
     if evidence.apart and verdict != INCONCLUSIVE:
         reason = f"not timed side by side, where it would be {verdict}: {reason}"
         verdict = INCONCLUSIVE
-    needed, mde = None, smallest_effect(shift, alpha)
-    if verdict == INCONCLUSIVE and shift.slack >= math.log1p(delta):
-        equal = f"equal arms may differ by {math.expm1(shift.slack):.1%}"
-        reason += f"; more blocks do not help, {equal}"
-    elif verdict == INCONCLUSIVE:
-        needed = blocks_needed(shift, delta - math.expm1(shift.slack), alpha)
-        needed = max(needed, fewest_pairs(1 - alpha))
+    needed, why = _needed(shift, delta, alpha) if verdict == INCONCLUSIVE else (None, "")
     return Verdict(
         verdict=verdict,
-        reason=reason,
+        reason=reason + why,
         p_holm=both[1] if verdict == EQUIVALENT else both[0],
         blocks_needed=needed,
-        mde=None if mde is None else mde + shift.slack,
+        mde=smallest_effect(shift, alpha),
     )
+
+
+def _needed(shift: Shift, delta: float, alpha: float) -> tuple[int, str]:
+    """Blocks that would decide, and what else is to be said of them."""
+    needed = max(blocks_needed(shift, delta, alpha), fewest_pairs(1 - alpha))
+    drawn = shift.processes
+    if drawn is None or drawn.df == 0:
+        return needed, ""
+    sets = drawn.needed(delta, alpha, POWER)
+    if (in_sets := sets * math.ceil(shift.pairs / drawn.sets)) <= needed:
+        return needed, ""
+    return in_sets, f"; processes of one arm differ by {drawn.sd:.1%}: {sets} of each are needed"
 
 
 def _direction(shift: Shift, both: tuple[float, float], delta: float) -> tuple[str, str]:
     """The verdict and its reason; ``both``: adjusted p of no difference, of one beyond delta."""
     different, beyond = both
     if shift.ci is None:
-        return INCONCLUSIVE, f"{shift.pairs} paired blocks are too few for an interval"
+        return INCONCLUSIVE, no_interval(shift)
     low, high = shift.ci
-    if beyond <= ALPHA:
+    within = 1 / (1 + delta) < low and high < 1 + delta
+    if beyond <= ALPHA and within:
         return EQUIVALENT, f"the whole interval lies within {delta:.0%} of 1, p is {beyond:.2g}"
     if different <= ALPHA and not low <= 1 <= high:  # of equal values p may be just below
         return (FASTER if low > 1 else SLOWER), f"the interval excludes 1, p is {different:.2g}"
     if low > 1 or high < 1:
         why = f"with all verdicts of this report together, p is {different:.2g}"
-    elif 1 / (1 + delta) < low and high < 1 + delta:
+    elif within:
         why = f"with all verdicts of this report together, p of a difference is {beyond:.2g}"
     else:
         why = "the interval holds 1 and more than a negligible difference"

@@ -165,7 +165,7 @@ def drift(report: Entry, series: Sequence[Entry]) -> Safe:
         "One line an artifact, black is the baseline; 1 is its own median. Lines that move "
         "together are the machine drifting, which paired ratios cancel; one that moves alone is "
         "its own. Hollow marks are warm-up, crosses are blocks that were disturbed or have one arm "
-        "alone: none counts."
+        "alone: none counts. A grey line is where new processes of all arms began."
     )
     if report["run"]["design"].get("resumed"):
         read += " Where the orange line is, the run was killed and went on."
@@ -236,17 +236,18 @@ def _resolution(cells: Sequence[Entry]) -> Iterator[Safe]:
     """What the baseline against itself looked like: no ratio means more than this."""
     rows = [
         (where(cell), METRICS.get(key, key), interval(entry, "{:.3f}"),
-         share(entry.get("half_width")))
+         share(entry.get("half_width")), share(entry.get("process_sd")))
         for cell in cells
         for key, entry in cell.items()
         if isinstance(entry, dict) and "ratio" in entry
     ]  # fmt: skip
     if rows:
-        header = ("cell", "metric", "baseline over baseline", "resolution")
+        header = ("cell", "metric", "baseline over baseline", "resolution", "a process")
         yield note(
             "The baseline was also measured against itself; a smaller difference than the "
-            "resolution cannot be seen. Memory is that of a process: its intervals are wider by "
-            "what two processes of one arm may differ by, in all blocks alike."
+            "resolution cannot be seen. Blocks repeat what a process drew when it started, such "
+            "as where its memory lies: the last column is the standard deviation of that, over "
+            "the processes of all arms."
         )
         yield details("Resolution", table(header, rows, "resolution"))
 

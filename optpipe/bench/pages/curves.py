@@ -7,6 +7,7 @@ their number in the table.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -192,27 +193,34 @@ def timeline(report: Entry, index: int, series: Sequence[Entry], title: str) -> 
     if not lines:
         return ""
     every = [s for samples in lines.values() for s in samples]
-    ends: dict[int, int] = {}  # the last block of each part of the run
-    for sample in (s for s in every if s["block"] >= 0):
-        ends[sample["part"]] = max(sample["block"], ends.get(sample["part"], 0))
+    places = {at: x for x, at in enumerate(sorted({_place(s) for s in every}))}
+    begins: dict[tuple[int, int], int] = {}  # of each set of processes
+    for at, x in places.items():
+        begins.setdefault(at[:2], x)
 
     def paint(axes: Axes) -> None:
         for (arm, _), samples in lines.items():
             kept = [s["e2e_s"] for s in samples if s["reason"] is None]
             middle = median(kept or [s["e2e_s"] for s in samples])
-            _line(axes, samples, middle, arm == BASELINE)
-        axes.axvline(-0.5, color=MUTED, linewidth=0.8, linestyle=(0, (3, 3)))
-        for last in sorted(ends.values())[:-1]:  # there it was killed, and went on
-            axes.axvline(last + 0.5, color=WARN, linewidth=0.8)
+            _line(axes, [{**s, "x": places[_place(s)]} for s in samples], middle, arm == BASELINE)
+        for before, after in pairwise(begins):
+            killed = after[1] > before[1]
+            axes.axvline(begins[after] - 0.5, color=WARN if killed else MUTED, linewidth=0.8)
         low, high = axes.get_ylim()
         log_axis(axes.yaxis, max(min(low, 0.9), 0.05), max(high, 1.1), "\u00d7")
         axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]
-        axes.set_xlabel("block (warm-up left of the dashed line)")
+        axes.set_xlabel("block, warm-up included, in the order they ran")
         axes.set_ylabel("end to end, over its median")
 
     odd = sum(s["reason"] not in (None, "warmup") for s in every)
     alt = f"{len(every)} iterations of {len(lines)} arms, {odd} of them marked: not counted"
     return draw(210, paint, title, alt)
+
+
+def _place(sample: Entry) -> tuple[int, int, bool, int]:
+    """In the order of time: the warm-up counts down from -1, before the blocks of its processes."""
+    block = sample["block"]
+    return sample["residence"], sample["part"], block >= 0, abs(block)
 
 
 def _line(axes: Axes, samples: Sequence[Entry], middle: float, base: bool) -> None:
@@ -222,7 +230,7 @@ def _line(axes: Axes, samples: Sequence[Entry], middle: float, base: bool) -> No
         look = {"color": INK, "linewidth": 1.6, "zorder": 3}
     blocks: dict[int, list[float]] = {}
     for sample in samples:  # an arm may run several times within a block
-        blocks.setdefault(sample["block"], []).append(sample["e2e_s"] / middle)
+        blocks.setdefault(sample["x"], []).append(sample["e2e_s"] / middle)
     points = [(block, median(values)) for block, values in sorted(blocks.items())]
     step = -(-len(points) // MOST_BLOCKS)
     groups = [points[start : start + step] for start in range(0, len(points), step)]
@@ -230,5 +238,5 @@ def _line(axes: Axes, samples: Sequence[Entry], middle: float, base: bool) -> No
                    strict=True), **look)  # fmt: skip
     for reason, mark, colour in (("warmup", "o", MUTED), ("other", "x", WARN)):
         marked = [s for s in samples if s["reason"] and (s["reason"] == "warmup") == (mark == "o")]
-        axes.plot([s["block"] for s in marked], [s["e2e_s"] / middle for s in marked], mark,
+        axes.plot([s["x"] for s in marked], [s["e2e_s"] / middle for s in marked], mark,
                   color=colour, markersize=4, markerfacecolor=PAPER, label=reason)  # fmt: skip

@@ -20,9 +20,12 @@ LINES = 1000
 """Compressed at a time."""
 LEVEL = 1
 """Of gzip: a fifth larger than the default of 9 here, and five times as fast."""
+KEPT = ("arm", "session", "residence", "part", "block", "reason")
+OLDER = {"residence": 0, "part": 0}
+"""What samples of earlier versions lack."""
 Point = dict[str, Any]
-"""The end-to-end time of one iteration: arm, session, block, part, reason, cell (a tuple), e2e_s;
-of a sweep also its job."""
+"""The end-to-end time of one iteration: arm, session, residence, part, block, reason, cell (a
+tuple), e2e_s; of a sweep also its job."""
 
 
 def write(samples: Sequence[Sample], folder: Path) -> None:
@@ -36,7 +39,7 @@ def write(samples: Sequence[Sample], folder: Path) -> None:
 def points(samples: Iterable[Sample]) -> list[Point]:
     """Of samples in memory, at most ``MOST``; one without a token has no time."""
     return [
-        _point((s.arm, s.session, s.block, s.part, s.reason), s.cell, s.token_ns[-1] - s.submit_ns)
+        _point(vars(s), s.cell, s.token_ns[-1] - s.submit_ns)
         for s in islice(samples, MOST)
         if s.token_ns
     ]
@@ -64,17 +67,11 @@ def read(folder: Path, jobs: Sequence[Mapping[str, Any]] = ()) -> list[Point]:
 def _parsed(file: Path) -> list[Point]:
     with gzip.open(file, "rt", encoding="ascii") as stream:
         return [
-            _point(
-                (s["arm"], s["session"], s["block"], s.get("part", 0), s["reason"]),
-                Cell(**s["cell"]),
-                s["token_ns"][-1] - s["submit_ns"],
-            )
+            _point({**OLDER, **s}, Cell(**s["cell"]), s["token_ns"][-1] - s["submit_ns"])
             for s in map(json.loads, islice(stream, MOST))
             if s["token_ns"]
         ]
 
 
-def _point(who: tuple[str, int, int, int, str | None], cell: Cell, taken_ns: int) -> Point:
-    arm, session, block, part, reason = who
-    return {"arm": arm, "session": session, "block": block, "part": part, "reason": reason,
-            "cell": tuple(cell), "e2e_s": taken_ns / 1e9}  # fmt: skip
+def _point(sample: Mapping[str, Any], cell: Cell, taken_ns: int) -> Point:
+    return {**{key: sample[key] for key in KEPT}, "cell": tuple(cell), "e2e_s": taken_ns / 1e9}

@@ -35,8 +35,9 @@ NOT_INCLUDED = (
     "Peak memory is that of the worker's whole process, runtime libraries included, on a CPU; what "
     "torch allocated on a GPU.",
     "x: how many times better than the baseline in the same block, above 1 is better; in brackets "
-    "the interval, which is wider at each look (97.5 % of two) so that all looks together keep "
-    "95 %. Many ratios are shown: one in twenty intervals misses by chance.",
+    "the interval, which holds for whatever processes of the two may get, not only for those that "
+    "were timed, and is wider at each look (97.5 % of two) so that all looks together keep 95 %. "
+    "Many ratios are shown: one in twenty intervals misses by chance.",
     "Verdicts are on metrics chosen beforehand (primary of a scenario), FASTER, SLOWER and "
     "EQUIVALENT with an error of at most 5 % for all of a report together (Holm, Shaffer), also "
     "where neighbouring blocks are alike: EQUIVALENT if the "

@@ -111,7 +111,7 @@ class Alternation:
         )
         found, config = self.outcome.measured, self.outcome.bench
         blocks = Blocks(session=session, cell=cell, config=config, found=found)
-        return Timer(blocks=blocks, primary=())
+        return Timer(blocks=blocks)
 
     def _cell(self, timer: Timer, blocks: Sequence[int]) -> None:
         for _ in timer.warm_up():

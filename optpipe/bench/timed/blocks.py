@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Mapping
@@ -32,19 +33,23 @@ STRIKES = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """Arms that are resident together, the baseline first, and what they told when loaded."""
+    """Arms that are resident together, the baseline first, and what they told when loaded.
+
+    A session has several residences, in each of which every arm has a process of its own.
+    """
 
     number: int
     workers: Mapping[str, Worker]
     loaded: Mapping[str, Loaded]
-    budget_s: float
+    budget_s: float = 0.0
+    residence: int = 0
     clock: Clock = time.perf_counter_ns
     meter: Meter = ticks
     journal: Journal = field(default_factory=Journal)
 
     @property
     def vocab(self) -> int:
-        return min(loaded.vocab for loaded in self.loaded.values())
+        return min((loaded.vocab for loaded in self.loaded.values()), default=0)
 
 
 @dataclass(kw_only=True)
@@ -61,6 +66,8 @@ class Blocks:
     """Timed blocks that earlier parts of the session left, until they are taken over."""
     warmed: int = 0
     """Blocks of warm-up that they left."""
+    first: int = 0
+    """Number of the first timed block, after those of earlier residences; even."""
     watch: Watch = field(init=False)
     load: Load | None = field(init=False)
     ids: dict[int, Ids] = field(default_factory=dict)
@@ -71,6 +78,12 @@ class Blocks:
     def __post_init__(self) -> None:
         self.watch = Watch(meter=self.session.meter)
         self.load = load_of(self.cell, self.found, self.session.vocab, self.config)
+        ran = [s.block for s in self.found.samples if self.here(s)]
+        self.first = 2 * math.ceil((max(ran, default=-1) + 1) / 2)
+
+    def here(self, sample: Sample) -> bool:
+        """Of this cell and session, whatever its residence."""
+        return sample.cell == self.cell and sample.session == self.session.number
 
     def arms(self) -> list[str]:
         """The arms that are still in this cell."""
@@ -81,9 +94,9 @@ class Blocks:
         ]
 
     def recall(self) -> bool:
-        """Take over what earlier parts of the session left of this cell; whether it was all."""
+        """Take over what earlier parts of the residence left of this cell; whether it was all."""
         for entry in self.session.journal.of(self.session.number):
-            if entry.cell != self.cell:
+            if (entry.cell, entry.residence) != (self.cell, self.session.residence):
                 continue
             entry.restore(self.found)
             if entry.done:
@@ -95,9 +108,10 @@ class Blocks:
                 self.found.samples += entry.samples
         return False
 
-    def timed(self, block: int, first_prompt: int) -> list[Sample]:
-        """The next timed block: one that was left, or a new one."""
+    def timed(self, count: int, first_prompt: int) -> list[Sample]:
+        """The next timed block after so many: one that was left, or a new one."""
         if not self.past:
+            block = self.first + count
             # two blocks share their prompts: an arm that remembers would be faster in the second
             return self.keep(self.run(block, first_prompt + block // 2 * self.iterations, None))
         samples = [*self.past.popleft().samples]
@@ -116,6 +130,7 @@ class Blocks:
         asked = found.prompts.get(cell, {})
         return Entry(
             session=self.session.number,
+            residence=self.session.residence,
             cell=cell,
             samples=samples,
             iterations=self.iterations,
@@ -190,6 +205,7 @@ class Blocks:
             arm=name,
             cell=self.cell,
             session=self.session.number,
+            residence=self.session.residence,
             block=0,
             part=self.session.journal.part,
             position=0,

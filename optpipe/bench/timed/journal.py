@@ -30,9 +30,10 @@ ELSEWHERE = "another process is at the same benchmark"
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A finished block of one cell in one session, or the end of the cell."""
+    """A finished block of one cell in one residence of a session, or the end of the cell there."""
 
     session: int
+    residence: int
     cell: Cell
     samples: Sequence[Sample]
     iterations: int
@@ -82,6 +83,11 @@ class Journal:
 
     def of(self, session: int) -> list[Entry]:
         return [entry for entry in self.entries if entry.session == session]
+
+    def finished(self, session: int, residence: int, cells: Sequence[Cell]) -> bool:
+        """Whether nothing is left to be timed of these cells in a residence."""
+        ends = {e.cell for e in self.of(session) if e.done and e.residence == residence}
+        return bool(ends) and ends.issuperset(cells)
 
     def spent_s(self, session: int) -> float:
         """What earlier parts of a session took, each from its first request to its last answer."""

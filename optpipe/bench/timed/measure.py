@@ -30,15 +30,14 @@ def measure(
     found: Measured,
     progress: Progress,
 ) -> None:
-    """Time every cell with every arm of the session; results are added to ``found``."""
-    left_s = session.budget_s - session.journal.spent_s(session.number)
-    end_ns = session.clock() + int(left_s * 1e9)
+    """Time every cell with every arm of a residence; results are added to ``found``."""
+    end_ns = session.clock() + int(session.budget_s * 1e9)
     # short cells first: an allocator that keeps its peak would pass it on to the cells after it
     order = sorted(cells, key=lambda cell: cell.batch * cell.tokens)
     deciding, total = primary(cells, found.scenarios), STEPS * len(cells)
     for index, cell in enumerate(order):
         blocks = Blocks(session=session, cell=cell, config=config, found=found)
-        timer = Timer(blocks=blocks, primary=deciding[cell])
+        timer = Timer(blocks=blocks)
         left_s = max((end_ns - session.clock()) / 1e9, 0.0)
         for done in timer.rounds(left_s * share([deciding[c] for c in order[index:]])):
             progress(f"benchmark: {cell}", index * STEPS + int(done * STEPS), total)

@@ -24,6 +24,8 @@ class Sample:
     cell: Cell
     session: int
     block: int
+    residence: int = 0
+    """Which processes of the arms made it: each set of them has one residence of its session."""
     part: int = 0
     """How often the run had been killed, and gone on, when it was made."""
     position: int

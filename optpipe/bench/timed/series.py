@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from optpipe.bench.evidence.processes import Level
 from optpipe.bench.evidence.statistics import median
 from optpipe.bench.scenario import Cell
 from optpipe.bench.timed.clock import LATENCIES
@@ -15,6 +16,10 @@ from optpipe.bench.timed.samples import Sample
 
 Place = tuple[int, int]
 """(session, block)."""
+Processes = tuple[int, int, int]
+"""(session, residence, part): one process of every arm."""
+FEWEST_BLOCKS = 2
+"""Of a process: fewer say too little of what it usually took."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,11 @@ class Turns:
         return {place: middle(values) for place, values in found.items()}
 
     @cached_property
+    def sets(self) -> Mapping[Place, Processes]:
+        """Of every block the processes that ran it."""
+        return {(s.session, s.block): (s.session, s.residence, s.part) for s in self.samples}
+
+    @cached_property
     def blocks(self) -> int:
         return len({(sample.session, sample.block) for sample in self.samples})
 
@@ -92,6 +102,26 @@ def relative(turns: Mapping[str, Turns], metric: str) -> dict[str, dict[Place, f
         for place, value in own.items():
             others = [of[place] for name, of in series.items() if name != arm and place in of]
             found[arm][place] = math.log(value / (median(others) if others else 1.0))
+    return found
+
+
+def levels(turns: Mapping[str, Turns], metric: str) -> list[Level]:
+    """What every process usually took: the median over its blocks of the log, less the mean of
+    the logs of all arms in the block, of which only those count that all arms have."""
+    found: list[Level] = []
+    for which in sorted({of for own in turns.values() for of in own.sets.values()}):
+        series = {}
+        for arm, own in turns.items():
+            values = own.by_block(metric)
+            mine = {at: math.log(values[at]) for at, of in own.sets.items() if of == which
+                    and values.get(at, 0) > 0}  # fmt: skip
+            if len(mine) >= FEWEST_BLOCKS:
+                series[arm] = mine
+        shared = set.intersection(*map(set, series.values())) if series else set()
+        if len(shared) >= FEWEST_BLOCKS:
+            middle = {at: sum(of[at] for of in series.values()) / len(series) for at in shared}
+            found += [(arm, which, median([of[at] - middle[at] for at in shared]))
+                      for arm, of in series.items()]  # fmt: skip
     return found
 
 

@@ -7,14 +7,13 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from optpipe.bench.evidence.dependence import paired
-from optpipe.bench.evidence.statistics import log_ratios, median
-from optpipe.bench.evidence.stopping import late_start, settled
+from optpipe.bench.evidence.statistics import median
+from optpipe.bench.evidence.stopping import settled
 from optpipe.bench.serving.load import SEARCH_STEPS, Answer, find_rate
 from optpipe.bench.serving.serve import Serve
 from optpipe.bench.timed.blocks import Blocks
 from optpipe.bench.timed.samples import Sample
-from optpipe.bench.timed.series import Turns, collect, pairs, relative
+from optpipe.bench.timed.starts import late, longest
 
 TURN_S, GPU_TURN_S = 0.05, 0.5
 """The baseline repeats an iteration that is shorter within its turn, and so do all arms. A GPU that
@@ -29,21 +28,22 @@ LONGEST = 20
 """No arm repeats for longer than so many such turns, however quick the others are."""
 WARM = 1000
 """Prompts below this number are those of the warm-up."""
-RERUNS = 1.5
+RERUNS = 2.0
 """Most blocks that are begun, as a multiple of those wanted: tainted ones are run again."""
 AFRESH = 15
 """Warm-up iterations, if there is time, of a session that goes on in the midst of a cell: too few
 blocks may be left to show a start that a whole session would show."""
+LEAST = 2
+"""Warm-up iterations, whatever the time."""
 SEARCH_SHARE = 0.5
 """Of the time of a cell that the search for a rate may take."""
 
 
 @dataclass(kw_only=True)
 class Timer:
-    """One cell in one session; ``primary`` are the metrics that decide when it may end."""
+    """One cell in one residence."""
 
     blocks: Blocks
-    primary: tuple[str, ...]
 
     def rounds(self, budget_s: float) -> Iterator[float]:
         """Warm up, then run blocks until they suffice or the time is over; yields a share done.
@@ -60,20 +60,26 @@ class Timer:
             self.blocks.keep([], done=True)
 
     def warm_up(self, budget_s: float = math.inf) -> Iterator[float]:
-        """Whole iterations of every arm until all have settled, or the time for it is over."""
+        """Whole iterations of every arm until all have settled, or the time for it is over.
+
+        At least bench.warmup, or half of the time that the cell has; two whatever the time.
+        """
         blocks, config, clock = self.blocks, self.blocks.config, self.blocks.session.clock
         begin_ns = clock()
         self._drop_what_does_not_fit()
         self._find_rate(SEARCH_SHARE * budget_s)
         left_s = budget_s - (clock() - begin_ns) / 1e9
         end_ns = clock() + int(min(config.warmup_s, left_s) * 1e9)
+        half_ns = clock() + min(left_s, 1e9) * 1e9 / 2
         taken: dict[str, list[float]] = defaultdict(list)
         number = first = blocks.warmed
-        seen = first + (AFRESH if blocks.past else 0)
-        while number < first + config.warmup or (
-            clock() < end_ns
-            and not (number >= seen and all(settled(taken[n]) for n in blocks.arms()))
-        ):
+        seen, least = first + (AFRESH if blocks.past else 0), first + self._least()
+        while (
+            number < first + LEAST
+            or (number < least and clock() < half_ns)
+            or (clock() < end_ns
+                and not (number >= seen and all(settled(taken[n]) for n in blocks.arms())))
+        ):  # fmt: skip
             if not blocks.arms() or number >= WARM:
                 return
             for sample in blocks.keep(blocks.run(-1 - number, number, "warmup")):
@@ -88,6 +94,15 @@ class Timer:
             least_s = GPU_TURN_S if gpu else TURN_S
             turn_s = least_s if config.turn_s is None else config.turn_s
             blocks.iterations = repeats(usual, turn_s, math.inf if gpu else ALIKE)
+
+    def _least(self) -> int:
+        """Fewest warm-up iterations: as many as the processes before these were seen to need."""
+        earlier = [
+            s
+            for s in self.blocks.found.samples
+            if self.blocks.here(s) and s.residence < self.blocks.session.residence
+        ]
+        return max(longest(earlier), LEAST) if earlier else self.blocks.config.warmup
 
     def _drop_what_does_not_fit(self) -> None:
         cell, found = self.blocks.cell, self.blocks.found
@@ -119,85 +134,52 @@ class Timer:
         find_rate(blocks.load, blocks.arms(), ask, blocks.found)
 
     def _timed(self, end_ns: int) -> Iterator[float]:
-        """Blocks until a look finds them enough; tainted ones are run again."""
-        blocks, looks = self.blocks, self.blocks.config.looks
-        kept = block = 0
-        while kept < looks[-1] and block < RERUNS * looks[-1] and (blocks.past or blocks.arms()):
+        """Blocks until there are enough; tainted ones are run again, and those of a late start."""
+        blocks, wanted = self.blocks, self.blocks.config.blocks
+        kept = count = 0
+        while kept < wanted and count < RERUNS * wanted and (blocks.past or blocks.arms()):
             if kept and not blocks.past and blocks.session.clock() > end_ns:
                 break
-            samples = blocks.timed(block, WARM)
-            block += 1
-            if not any(sample.note for sample in samples):
-                kept += 1
-                if kept in looks:
-                    cut = self._late()
-                    kept -= cut
-                    if not cut and kept < looks[-1] and self._narrow():
-                        return
-            yield kept / looks[-1]
-        kept -= self._late()
-        self._explain(kept, block, blocks.session.clock() > end_ns)
+            samples = blocks.timed(count, WARM)
+            count += 1
+            kept += not any(sample.note for sample in samples)
+            if kept == wanted:
+                kept -= self._late()
+            yield kept / wanted
+        if kept < wanted:
+            kept -= self._late()
+        self._explain(kept, count, blocks.session.clock() > end_ns)
 
-    def _explain(self, kept: int, block: int, over: bool) -> None:
+    def _explain(self, kept: int, count: int, over: bool) -> None:
         """Why there are fewer blocks than wanted, if so."""
-        blocks, looks = self.blocks, self.blocks.config.looks
-        if kept >= looks[-1] or not blocks.arms():
+        blocks, wanted = self.blocks, self.blocks.config.blocks
+        if kept >= wanted or not blocks.arms():
             return
-        budget_s = blocks.config.budget_s
         why = (
-            f"the time budget (bench.budget_s={budget_s:g}) ended it after {kept} of at least "
-            f"{looks[0]} and at most {looks[-1]} blocks"
+            f"the time budget (bench.budget_s={blocks.config.budget_s:g}) ended it after {kept} of "
+            f"{wanted} blocks of a process"
             if over
-            else f"{block - kept} of {block} blocks were disturbed or still warm-up"
+            else f"{count - kept} of {count} blocks were disturbed or still warm-up"
         )
         blocks.found.stopped.setdefault(blocks.cell, why)
 
     def _late(self) -> int:
-        """Blocks at the beginning that were still warm-up for some arm: they are marked so.
-
-        Each part of a session begins anew, in processes of its own.
-        """
-        return sum(self._late_in(part) for part in range(self.blocks.session.journal.part + 1))
-
-    def _late_in(self, part: int) -> int:
-        """By the blocks alone, and with the warm-up, where a start that lasts into them began.
-
-        Disturbed blocks among them too: what a start does to a machine is no disturbance.
-        """
-        samples, last = self.blocks.found.samples, -1
-        here = [s for s in samples if self._here(s, part)]
-        for reasons in ((None,), (None, "warmup")):
-            turns = {arm: own for (arm, _), own in collect(here, reasons).items()}
-            for of in relative(turns, "e2e_s").values():
-                if count := late_start([*of.values()]):
-                    last = max(last, [*of][count - 1][1])
-        if cut := {s.block for s in here if s.reason is None and s.block <= last}:
-            samples[:] = [
-                replace(s, reason="warmup") if self._here(s, part) and 0 <= s.block <= last else s
-                for s in samples
-            ]
-        return len(cut)
-
-    def _narrow(self) -> bool:
-        """Whether every primary ratio of every arm is known well enough to end."""
-        turns, config = self._turns(), self.blocks.config
-        base = turns.pop(next(iter(self.blocks.session.workers)), None)
-        widths = [
-            _half_width(*pairs(base, own, metric), config.level)
-            for own in turns.values()
-            for metric in self.primary
-            if base is not None
+        """How many blocks of this residence were still warm-up for some arm: they are marked so."""
+        blocks, samples = self.blocks, self.blocks.found.samples
+        last = late([s for s in samples if blocks.here(s)])
+        marked = [
+            replace(s, reason="warmup")
+            if blocks.here(s) and 0 <= s.block <= last[s.residence, s.part]
+            else s
+            for s in samples
         ]
-        return all(width <= config.half_width for width in widths)
-
-    def _turns(self) -> dict[str, Turns]:
-        found = collect(s for s in self.blocks.found.samples if self._here(s))
-        return {arm: turns for (arm, _), turns in found.items()}
-
-    def _here(self, sample: Sample, part: int | None = None) -> bool:
-        """Of this cell and session; of all of its parts, or of one."""
-        here = sample.cell == self.blocks.cell and sample.session == self.blocks.session.number
-        return here and part in (None, sample.part)
+        cut = {
+            old.block
+            for old, new in zip(samples, marked, strict=True)
+            if old.reason is None and new.reason and old.residence == blocks.session.residence
+        }
+        samples[:] = marked
+        return len(cut)
 
 
 def repeats(usual: Sequence[float], turn_s: float, alike: float = ALIKE) -> int:
@@ -212,14 +194,6 @@ def repeats(usual: Sequence[float], turn_s: float, alike: float = ALIKE) -> int:
     quickest = min(seconds for seconds in usual if seconds >= usual[0] / alike)
     wanted = min(math.ceil(turn_s / quickest), MOST_ITERATIONS)
     return max(min(wanted, int(LONGEST * turn_s / max(usual))), 1)
-
-
-def _half_width(before: list[float], after: list[float], level: float) -> float:
-    """Of the interval of the log-ratio; infinite where there is none."""
-    if not before:
-        return math.inf
-    ci = paired(log_ratios(before, after), level).ci
-    return (ci[1] - ci[0]) / 2 if ci else math.inf
 
 
 def _seconds(sample: Sample) -> float:
