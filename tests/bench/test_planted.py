@@ -1,5 +1,6 @@
 """T16 on the real demo engine in real processes: planted sleeps come back as they were planted."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from optpipe.bench.policy import BenchConfig
 from optpipe.bench.resident import reside
 from optpipe.bench.scenario import Cell, Scenario
 from optpipe.bench.timed.blocks import Session
-from optpipe.bench.timed.measure import measure
+from optpipe.bench.timed.residences import Residences
 from optpipe.bench.timed.samples import AGAIN, Measured
 from optpipe.bench.worker import Arm
 from optpipe.build.ort import Ort
@@ -42,30 +43,30 @@ def planted_arm(engine, name, scale):
 
 def timed(arms):
     """The report of these arms, the baseline resident twice."""
-    config = BenchConfig(
-        blocks=12,
-        processes=1,
-        max_processes=1,
-        half_width=0.02,
-        budget_s=180,
-        warmup_s=1,
-        threads=1,
-    )
-    found = Measured(scenarios={"single": Scenario(prompt_tokens=[8], new_tokens=51)})
-    with reside(arms, lambda *what: None) as residents:
-        assert not residents.broken
-        session = Session(
-            number=0, workers=residents.workers, loaded=residents.loaded,
-            budget_s=config.budget_s,
-            meter=lambda: None,  # who sleeps is not disturbed by those who work: no block is void
-        )  # fmt: skip
-        measure(session, [CELL], config, found, lambda *what: None)
-    arms = [arm for arm in arms if arm.name != AGAIN]
-    names = [arm.name for arm in arms]
+    named = [arm for arm in arms if arm.name != AGAIN]
     outcome = Outcome(
-        arms=arms, cells=[CELL], sessions=[names], left_out={}, bench=config, measured=found,
-        loaded={name: residents.loaded[name] for name in names},
-    )  # fmt: skip
+        arms=named,
+        cells=[CELL],
+        sessions=[[arm.name for arm in arms]],
+        left_out={},
+        bench=BenchConfig(blocks=12, budget_s=180, warmup_s=1, threads=1),
+        measured=Measured(scenarios={"single": Scenario(prompt_tokens=[8], new_tokens=51)}),
+    )
+
+    @contextmanager
+    def start():
+        with reside(arms, lambda *what: None) as residents:
+            assert not residents.broken
+            outcome.loaded = residents.loaded
+            # who sleeps is not disturbed by those who work: no block is void
+            yield Session(
+                number=0,
+                workers=residents.workers,
+                loaded=residents.loaded,
+                meter=lambda: None,
+            )
+
+    Residences(outcome=outcome, number=0, start=start, progress=lambda *what: None).run()
     return built(outcome)
 
 

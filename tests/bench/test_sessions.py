@@ -227,7 +227,7 @@ def bias(pair, seed, shape, lengths, warmup_s):
 
 @pytest.mark.parametrize("shape", STARTS)
 @pytest.mark.parametrize(
-    ("warmup_s", "longest", "runs"), [(0.0, 12, 8), (6.0, 15, 6)], ids=["no time", "quick"]
+    ("warmup_s", "longest", "runs"), [(0.0, 12, 6), (6.0, 15, 5)], ids=["no time", "quick"]
 )
 def test_a_start_leaves_a_bias_of_at_most_one_percent(pair, shape, warmup_s, longest, runs):
     """T5: up to 150 %, of the arm, of the baseline, and of both but shorter in the latter."""
