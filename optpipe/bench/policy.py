@@ -36,7 +36,7 @@ class BenchConfig:
     warmup_s: float = 8.0
     """Warm-up of a cell, all arms together, ends here even if an arm has not settled."""
     budget_s: float = 120.0
-    """Time for all timed cells together, with the start of their processes; a cell stops early
+    """Time for all timed cells together, not for the start of their processes; a cell stops early
     after a whole block, at least one of each process that is started."""
     iteration_limit_s: float = 20.0
     """An arm whose warm-up iteration takes longer is dropped from that cell, with that reason."""

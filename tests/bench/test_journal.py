@@ -308,6 +308,8 @@ def test_a_part_is_told_by_its_blocks_and_its_pause():
     assert resumed([*first, second], 1, 0) == resumed([*first, second])
     assert Journal(entries=[entry(*first), entry(second)]).part == 2
     assert Journal(entries=[entry(*first), entry(second)]).spent_s(0) == 3 + 1
+    third = replace(second, residence=1, submit_ns=9 * 10**9, done_ns=11 * 10**9)
+    assert Journal(entries=[entry(*first, third)]).spent_s(0) == 3 + 2, "not the start between"
 
 
 def test_a_full_disk_costs_the_journal_alone(tmp_path, monkeypatch, caplog):

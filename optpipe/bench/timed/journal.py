@@ -90,11 +90,11 @@ class Journal:
         return bool(ends) and ends.issuperset(cells)
 
     def spent_s(self, session: int) -> float:
-        """What earlier parts of a session took, each from its first request to its last answer."""
-        stamps: dict[int, list[int]] = {}
+        """What earlier processes of a session took, from their first request to the last answer."""
+        stamps: dict[tuple[int, int], list[int]] = {}
         for sample in (s for entry in self.of(session) for s in entry.samples):
             ends = (sample.submit_ns, sample.done_ns or sample.submit_ns)
-            stamps.setdefault(sample.part, []).extend(ends)
+            stamps.setdefault((sample.residence, sample.part), []).extend(ends)
         return sum(max(of) - min(of) for of in stamps.values()) / 1e9
 
     def add(self, entry: Entry) -> None:

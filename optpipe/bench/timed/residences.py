@@ -36,29 +36,21 @@ class Residences:
     def run(self) -> None:
         """Time all cells in one residence after the other, until a look knows enough of them."""
         outcome, looks = self.outcome, self.outcome.bench.looks
-        cells, left_s, start_s = [*outcome.cells], self._budget(), 0.0
+        cells, left_s = [*outcome.cells], outcome.bench.budget_s / len(outcome.sessions)
+        left_s -= outcome.journal.spent_s(self.number)
         for index in range(looks[-1]):
-            if (before_s := left_s()) <= start_s and index:
+            if index and left_s <= 0:
                 self._explain(index, cells)
                 return
             with self._opened(index, cells) as session:
-                start_s = before_s - left_s()
-                more = looks[-1] - index - 1
-                budget_s = (left_s() - more * start_s) / (1 + more)
+                begin_ns, budget_s = self.clock(), left_s / (looks[-1] - index)
                 given = replace(session, residence=index, budget_s=budget_s)
                 measure(given, cells, outcome.bench, outcome.measured, self._part(index))
+                left_s -= (self.clock() - begin_ns) / 1e9
             if index + 1 in looks[:-1]:
                 cells = [cell for cell in cells if not self._is_known(cell)]
             if not cells:
                 return
-
-    def _budget(self) -> Callable[[], float]:
-        """What is left of the time of this session, seconds."""
-        outcome = self.outcome
-        given_s = outcome.bench.budget_s / len(outcome.sessions)
-        given_s -= outcome.journal.spent_s(self.number)
-        begin_ns = self.clock()
-        return lambda: given_s - (self.clock() - begin_ns) / 1e9
 
     def _opened(self, index: int, cells: Sequence[Cell]) -> AbstractContextManager[Session]:
         """With no processes where earlier parts of the run left nothing to be timed."""
