@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
@@ -13,6 +14,8 @@ from optpipe.bench.evidence.stopping import LEAP, late_start
 from optpipe.bench.timed.samples import Sample
 from optpipe.bench.timed.series import Place, collect, relative
 
+SHOWN = 0.7
+"""Of the height of a start in the mean of several sets, what each of them shows."""
 WHOLE = (None, "warmup")
 Set = tuple[int, int]
 """(residence, part) of the processes that were at work together."""
@@ -54,10 +57,25 @@ def _starts(group: Mapping[Set, Mapping[str, Mapping[Place, float]]]) -> Iterato
     """The last block of the start of every arm that has one, in each of these sets."""
     for arm in {arm for of in group.values() for arm in of}:
         own = {one: of[arm] for one, of in group.items() if arm in of}
-        series = _together([[*of.values()] for of in own.values()])
-        if count := late_start(series, LEAP / len(own)):
+        if count := _start([[*of.values()] for of in own.values()]):
             for one, of in own.items():
                 yield one, [*of][min(count, len(of)) - 1][1]
+
+
+def _start(series: Sequence[Sequence[float]]) -> int:
+    """How many leading values of all of these are a start. What drifts by chance leaps in their
+    mean, too, where they are several: each has to show most of it.
+    """
+    mean = _together(series)
+    if not (count := late_start(mean, LEAP / math.sqrt(len(series)))):
+        return 0
+    height = _height(mean, count)
+    shown = (_height(values, count) / height for values in series if len(values) > count)
+    return count if all(share >= SHOWN for share in shown) else 0
+
+
+def _height(values: Sequence[float], count: int) -> float:
+    return median(values[:count]) - median(values[count:])
 
 
 def _relative(
