@@ -1,7 +1,8 @@
 """Cold starts: a new process, its first load and its first request; never mixed with warm numbers.
 
-Arms are loaded once to be judged and once to be timed, so that two starts come for free; the third
-is made where the time allows. Files may lie in the page cache.
+Arms are loaded once to be judged and once for every process that is timed, so that starts come for
+free; where they are fewer than three, another is made if the time allows. Files may lie in the page
+cache.
 """
 
 from __future__ import annotations

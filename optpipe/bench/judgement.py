@@ -34,8 +34,9 @@ class Judgement:
     @cached_property
     def failures(self) -> dict[tuple[str, Cell], list[str]]:
         """(arm, cell) -> the checks it failed there."""
-        outcome = self.table.outcome
-        return checks.failures(self.table.turns, outcome.floors, outcome.measured.dead)
+        outcome, table = self.table.outcome, self.table
+        counted = {key: own for key, own in table.turns.items() if table.timed(*key)[0]}
+        return checks.failures(counted, outcome.floors, outcome.measured.dead)
 
     @cached_property
     def unstable(self) -> dict[Cell, str]:

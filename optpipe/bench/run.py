@@ -194,11 +194,12 @@ def _session(
 ) -> Iterator[Session]:
     """New processes of these arms, which have answered one request."""
     with reside([arm for arm in given if outcome.absent(arm.name) is None], progress) as residents:
-        outcome.broken |= residents.broken
-        outcome.loaded |= {
-            n: residents.loaded[n] for n, w in residents.workers.items() if w.arm.endpoint
-        }
-        outcome.broken |= cold.note(outcome, residents)
+        served = (name for name, worker in residents.workers.items() if worker.arm.endpoint)
+        outcome.loaded |= {name: residents.loaded[name] for name in served}
+        # what earlier processes of an arm took counts, though this one failed
+        timed = {sample.arm for sample in outcome.measured.samples}
+        for name, why in {**residents.broken, **cold.note(outcome, residents)}.items():
+            (outcome.measured.dead if name in timed else outcome.broken)[name] = why
         yield Session(
             number=number,
             workers=residents.workers,
@@ -254,19 +255,16 @@ def _judge(outcome: Outcome, residents: Residents, progress: Progress) -> None:
 def _audited(outcome: Outcome) -> Cell | None:
     """The cheapest cell of seeded prompts that come one batch at a time."""
     scenarios, texts = outcome.measured.scenarios, outcome.measured.texts
-    plain = [
-        cell
-        for cell in outcome.cells
-        if cell.scenario not in texts and scenarios[cell.scenario].serving is None
-    ]
+    plain = [cell for cell in outcome.cells if cell.scenario not in texts
+             and scenarios[cell.scenario].serving is None]  # fmt: skip
     return min(plain, key=lambda cell: cell.batch * cell.tokens, default=None)
 
 
-def _emitted(outcome: Outcome) -> dict[tuple[str, Cell], str]:
-    """What each arm answered to the first prompts of the timed blocks."""
+def _emitted(outcome: Outcome) -> set[tuple[str, Cell, str]]:
+    """What each arm answered to the first prompts of the timed blocks, each of its processes."""
     # disturbed blocks and late starts too: how long an answer took does not change it
     first = (s for s in outcome.measured.samples if s.prompt == WARM and s.block >= 0)
-    return {(s.arm, s.cell): s.tokens_hash for s in first}
+    return {(s.arm, s.cell, s.tokens_hash) for s in first}
 
 
 def _evaluate(outcome: Outcome, workers: Mapping[str, Worker], progress: Progress) -> None:

@@ -65,7 +65,7 @@ class SimWorker:
     def __init__(self, machine, name, scale=1.0, spoil=None, when_second=1.0):
         self.machine, self.name, self.scale = machine, name, scale
         self.spoil, self.when_second = spoil, when_second
-        self.asked, self.loaded, self.killed, self.total = None, TOLD, False, 0
+        self.asked, self.loaded, self.killed, self.total, self.starts = None, TOLD, False, 0, 0
         self.start()
 
     def start(self):
@@ -76,6 +76,7 @@ class SimWorker:
             else (0, 0)
         )
         self.luck, self.size = np.exp(draw)
+        self.starts += 1
         self.iterations = 0
 
     def submit(self, command, doing):

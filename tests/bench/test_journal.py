@@ -92,6 +92,21 @@ def test_order_and_result_are_those_of_a_session_that_was_not_killed(pair, tmp_p
     assert wanted["run"]["design"]["resumed"] == []
 
 
+def test_a_set_of_processes_that_is_finished_is_not_started_again_but_counts(pair, tmp_path):
+    """Also where the time of the whole session was over when it was killed."""
+    for budget_s in (1e9, 1.5):
+        folder, config = str(tmp_path / str(budget_s)), replace(TWICE, budget_s=budget_s)
+        with opened(folder, lambda: FACTS) as kept:
+            first = workers(machine := quiet())
+            straight = session(machine, pair, first, config, CELLS[:1], journal=kept)
+        again = workers(machine := quiet())
+        with opened(folder, lambda: FACTS) as kept:
+            outcome = session(machine, pair, again, config, CELLS[:1], journal=kept)
+        assert {worker.starts for worker in again} == {1}, "by their constructors alone"
+        assert outcome.measured.samples == straight.measured.samples
+        assert {s.residence for s in outcome.measured.samples} == {0, 1}
+
+
 def test_looks_count_the_blocks_of_both_parts_and_the_budget_is_one(pair, tmp_path):
     loud, config = Machine(0, sd=0.3, bursts=0), replace(TWICE, max_processes=4)
     outcome, _ = interrupted(pair, str(tmp_path), loud, 2 * 27 + 3 + 2, config)

@@ -1,5 +1,7 @@
 """What processes differ by, beside blocks that repeat it."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -13,7 +15,7 @@ from optpipe.bench.evidence.processes import Processes, between, spread
 
 def table(values):
     """Levels of a table of arms by sets."""
-    return [(f"arm {a}", s, float(v)) for a, row in enumerate(values) for s, v in enumerate(row)]
+    return [(f"arm {a}", s, float(v), 5) for a, row in enumerate(values) for s, v in enumerate(row)]
 
 
 @given(st.integers(2, 5), st.integers(2, 4), st.integers(0, 2**32 - 1))
@@ -50,6 +52,16 @@ def test_a_process_that_is_missing_costs_its_arm_a_set():
     found = between(levels, "arm 0", "arm 2", {})
     assert (found.sets, found.df) == (2, 3)
     assert between(levels, "arm 0", "arm 9", {}).df == 0, "it has no process at all"
+
+
+def test_sets_of_unequal_length_weigh_less():
+    values = np.random.default_rng(5).normal(size=(3, 2))
+    equal = between(table(values), "arm 0", "arm 1", {})
+    lengths = [40, 4]
+    levels = [(arm, of, level, lengths[of]) for arm, of, level, _ in table(values)]
+    found = between(levels, "arm 0", "arm 1", {})
+    assert equal.error == pytest.approx(equal.sd) and found.sd == equal.sd
+    assert found.error == pytest.approx(found.sd * math.sqrt(2 / (44**2 / (40**2 + 4**2))))
 
 
 def test_its_interval_is_that_of_two_means_of_processes():

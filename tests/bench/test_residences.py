@@ -57,7 +57,7 @@ def test_a_budget_that_ends_with_the_first_processes_leaves_no_interval(pair):
     config = BenchConfig(blocks=12, warmup_s=0.0, budget_s=0.0)
     outcome = timed(pair, config)
     assert blocks(outcome).keys() == {0}
-    why = "ended it after 1 of at least 2 processes of every arm"
+    why = "ended it after 1 of at least 2 and at most 2 processes of every arm"
     assert why in outcome.measured.stopped[CELLS[0]]
     single = BenchConfig(blocks=12, processes=1, max_processes=1, warmup_s=0.0, budget_s=1e9)
     found = built(timed(pair, single))
@@ -68,6 +68,30 @@ def test_a_budget_that_ends_with_the_first_processes_leaves_no_interval(pair):
     [cell] = found["run"]["design"]["resolution"]
     assert cell["tpot_s"]["ci"] is None and cell["tpot_s"]["process_sd"] is None
     assert cell["tpot_s"]["reasons"]["ci"].startswith("one process of each arm")
+
+
+def test_an_arm_that_dies_in_the_second_set_keeps_the_numbers_of_the_first(pair):
+    class Dies(SimWorker):
+        def result(self, doing, timeout_s=None):
+            if self.name == "copy" and self.total > 20:
+                raise TimeoutError("no answer")
+            return super().result(doing, timeout_s)
+
+    config = BenchConfig(blocks=12, warmup_s=0.0, budget_s=1e9)
+    outcome = timed(pair, config, Dies)
+    assert "copy" in outcome.measured.dead
+    found = built(outcome)
+    assert not any("requests_lost" in why for why in found["run"]["invalid_reasons"])
+
+
+def test_the_processes_of_every_set_are_asked_the_same_and_repeat_as_often(pair):
+    config = BenchConfig(blocks=4, warmup_s=0.0, budget_s=1e9, turn_s=0.3)
+    outcome = timed(pair, config)
+    asked = {}
+    for sample in outcome.measured.samples:
+        if sample.block >= 0:
+            asked.setdefault(sample.residence, set()).add((sample.prompt, sample.iteration))
+    assert asked[0] == asked[1] and len(asked[0]) > 4
 
 
 def test_a_luck_of_one_process_is_in_the_interval(pair):

@@ -4,7 +4,7 @@ The signed-rank test is exact for independent blocks; where neighbours resemble 
 autocorrelation of 0.75 it finds a difference in one of four pairs of equal arms. So it is not asked
 alone: a second interval is that of the mean of an AR(1) series, averaged over what the
 autocorrelation may be (Zellner and Tiao 1964, JASA 59). What is published is the hull of both, and
-the larger p.
+of what processes differ by; of p-values see `paired`.
 """
 
 from __future__ import annotations

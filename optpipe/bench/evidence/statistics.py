@@ -48,15 +48,9 @@ class Shift:
     processes: Processes | None = None
     """What processes of one arm differ by, where the interval and p-values allow for it."""
 
-    @property
-    def disputed(self) -> bool:
-        """Whether the two intervals disagree twofold in width, or exclude each other's middle."""
-        if self.ci is None or self.check is None:
-            return False
-        (low, high), (check_low, check_high) = self.ci, self.check
-        widths = sorted((high - low, check_high - check_low))
-        apart = not (check_low <= self.estimate <= check_high)
-        return (apart and widths[1] > 0) or widths[1] > FAR * widths[0] > 0
+    disputed: bool = False
+    """Whether Student's interval and that of the signed rank disagree twofold in width, or the one
+    excludes the middle of the other."""
 
 
 def hodges_lehmann(differences: Sequence[float] | Floats, level: float = LEVEL) -> Shift:
@@ -66,14 +60,23 @@ def hodges_lehmann(differences: Sequence[float] | Floats, level: float = LEVEL) 
     values = np.asarray(differences, dtype=np.float64)
     averages = _walsh(values)
     rank = _critical(len(values), level)
+    estimate, check = float(np.median(averages)), t_interval(values, level)
+    ci = None if rank == 0 else (float(averages[rank - 1]), float(averages[-rank]))
     return Shift(
-        estimate=float(np.median(averages)),
-        ci=None if rank == 0 else (float(averages[rank - 1]), float(averages[-rank])),
+        estimate=estimate,
+        ci=ci,
         pairs=len(values),
         p=_two_sided(averages, len(values)),
-        check=t_interval(values, level),
+        check=check,
+        disputed=ci is not None and check is not None and _dispute(estimate, ci, check),
         spread=float(values.std(ddof=1)) if len(values) > 1 else 0.0,
     )
+
+
+def _dispute(estimate: float, ci: Interval, check: Interval) -> bool:
+    widths = sorted((ci[1] - ci[0], check[1] - check[0]))
+    apart = not (check[0] <= estimate <= check[1])
+    return (apart and widths[1] > 0) or widths[1] > FAR * widths[0] > 0
 
 
 def ratio(numerator: Sequence[float], denominator: Sequence[float], level: float = LEVEL) -> Shift:

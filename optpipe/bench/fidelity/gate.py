@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,15 +117,16 @@ def changed(judged: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str]
 
 
 def audit(
-    emitted: Mapping[tuple[str, Cell], str], expected: Mapping[tuple[str, Cell], str]
+    emitted: Collection[tuple[str, Cell, str]], expected: Mapping[tuple[str, Cell], str]
 ) -> list[str]:
     """Arms whose timed tokens are not those of their gate (MLPerf's TEST01).
 
-    Both: (arm, cell) -> hash of the greedy tokens for the same prompts.
+    Both: arm, cell and hash of the greedy tokens for the same prompts; of every process that was
+    timed, and of the one that was judged.
     """
     return [
         f"other_answers: '{arm}' gave other tokens in '{cell}' than when it was judged"
-        for (arm, cell), tokens in emitted.items()
+        for arm, cell, tokens in sorted(emitted)
         if expected.get((arm, cell), tokens) != tokens
     ]
 

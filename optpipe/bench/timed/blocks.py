@@ -111,9 +111,10 @@ class Blocks:
     def timed(self, count: int, first_prompt: int) -> list[Sample]:
         """The next timed block after so many: one that was left, or a new one."""
         if not self.past:
-            block = self.first + count
-            # two blocks share their prompts: an arm that remembers would be faster in the second
-            return self.keep(self.run(block, first_prompt + block // 2 * self.iterations, None))
+            # two blocks share their prompts: an arm that remembers would be faster in the second;
+            # each set of processes is asked the same, from the first on, which is audited
+            prompt = first_prompt + count // 2 * self.iterations
+            return self.keep(self.run(self.first + count, prompt, None))
         samples = [*self.past.popleft().samples]
         self.found.samples += samples
         return samples

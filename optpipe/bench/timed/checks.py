@@ -145,8 +145,9 @@ def _physics(own: Turns, floors: Mapping[str, float]) -> Iterator[str]:
 
 
 def _varying(samples: Sequence[Sample]) -> Iterator[str]:
-    answers: dict[int, str] = {}
-    if any(answers.setdefault(s.prompt, s.tokens_hash) != s.tokens_hash for s in samples):
+    answers: dict[tuple[int, int, int], str] = {}
+    asked = (((s.prompt, s.residence, s.part), s.tokens_hash) for s in samples)  # of a process
+    if any(answers.setdefault(key, given) != given for key, given in asked):
         yield "varying_answers: equal prompts were answered by different greedy tokens"
 
 

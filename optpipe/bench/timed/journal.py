@@ -84,6 +84,10 @@ class Journal:
     def of(self, session: int) -> list[Entry]:
         return [entry for entry in self.entries if entry.session == session]
 
+    def began(self, session: int, residence: int) -> bool:
+        """Whether anything of a residence is left."""
+        return any(entry.residence == residence for entry in self.of(session))
+
     def finished(self, session: int, residence: int, cells: Sequence[Cell]) -> bool:
         """Whether nothing is left to be timed of these cells in a residence."""
         ends = {e.cell for e in self.of(session) if e.done and e.residence == residence}

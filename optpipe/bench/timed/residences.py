@@ -39,7 +39,7 @@ class Residences:
         cells, left_s = [*outcome.cells], outcome.bench.budget_s / len(outcome.sessions)
         left_s -= outcome.journal.spent_s(self.number)
         for index in range(looks[-1]):
-            if index and left_s <= 0:
+            if index and left_s <= 0 and not outcome.journal.began(self.number, index):
                 self._explain(index, cells)
                 return
             with self._opened(index, cells) as session:
@@ -55,9 +55,15 @@ class Residences:
     def _opened(self, index: int, cells: Sequence[Cell]) -> AbstractContextManager[Session]:
         """With no processes where earlier parts of the run left nothing to be timed."""
         journal = self.outcome.journal
-        if journal.finished(self.number, index, cells):
+        if journal.finished(self.number, index, cells) and not self._unknown():
             return nullcontext(Session(number=self.number, workers={}, loaded={}, journal=journal))
         return self.start()
+
+    def _unknown(self) -> bool:
+        """Whether an endpoint of an earlier part of the run has yet to tell what it is."""
+        outcome = self.outcome
+        served = (arm.name for arm in outcome.arms if arm.endpoint)
+        return any(n not in outcome.loaded and outcome.absent(n) is None for n in served)
 
     def _part(self, index: int) -> Progress:
         """Progress of one residence as that of all."""
@@ -83,5 +89,5 @@ class Residences:
         for cell in cells:
             self.outcome.measured.stopped[cell] = (
                 f"the time budget (bench.budget_s={bench.budget_s:g}) ended it after {index} of at "
-                f"least {bench.processes} processes of every arm"
+                f"least {bench.processes} and at most {bench.max_processes} processes of every arm"
             )

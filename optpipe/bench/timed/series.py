@@ -18,8 +18,6 @@ Place = tuple[int, int]
 """(session, block)."""
 Processes = tuple[int, int, int]
 """(session, residence, part): one process of every arm."""
-FEWEST_BLOCKS = 2
-"""Of a process: fewer say too little of what it usually took."""
 
 
 @dataclass(frozen=True)
@@ -115,12 +113,12 @@ def levels(turns: Mapping[str, Turns], metric: str) -> list[Level]:
             values = own.by_block(metric)
             mine = {at: math.log(values[at]) for at, of in own.sets.items() if of == which
                     and values.get(at, 0) > 0}  # fmt: skip
-            if len(mine) >= FEWEST_BLOCKS:
+            if mine:
                 series[arm] = mine
         shared = set.intersection(*map(set, series.values())) if series else set()
-        if len(shared) >= FEWEST_BLOCKS:
+        if shared:
             middle = {at: sum(of[at] for of in series.values()) / len(series) for at in shared}
-            found += [(arm, which, median([of[at] - middle[at] for at in shared]))
+            found += [(arm, which, median([of[at] - middle[at] for at in shared]), len(shared))
                       for arm, of in series.items()]  # fmt: skip
     return found
 

@@ -89,6 +89,8 @@ class Timer:
         usual = [median(values[-3:]) for name in blocks.arms() if (values := taken[name])]
         if blocks.past:
             blocks.iterations = blocks.past[0].iterations
+        elif earlier := [s.iteration for s in self._earlier() if s.block >= 0]:
+            blocks.iterations = 1 + max(earlier)  # turns of all processes are alike
         elif usual and min(usual) > 0:
             gpu = any(told.gpu is not None for told in blocks.session.loaded.values())
             least_s = GPU_TURN_S if gpu else TURN_S
@@ -97,12 +99,14 @@ class Timer:
 
     def _least(self) -> int:
         """Fewest warm-up iterations: as many as the processes before these were seen to need."""
-        earlier = [
-            s
-            for s in self.blocks.found.samples
-            if self.blocks.here(s) and s.residence < self.blocks.session.residence
-        ]
+        earlier = self._earlier()
         return max(longest(earlier), LEAST) if earlier else self.blocks.config.warmup
+
+    def _earlier(self) -> list[Sample]:
+        """What the processes before these took."""
+        now = self.blocks.session.residence
+        samples = self.blocks.found.samples
+        return [s for s in samples if self.blocks.here(s) and s.residence < now]
 
     def _drop_what_does_not_fit(self) -> None:
         cell, found = self.blocks.cell, self.blocks.found
