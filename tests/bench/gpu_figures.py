@@ -133,7 +133,7 @@ def flow(store: Path) -> None:
     command = [
         sys.executable, "-m", "optpipe", "recipe=int4_ort", "model=random",
         "model.config=llama_160m", "calib=random", "calib.samples=8", "scenario=[single]",
-        "bench.dtypes=[bfloat16]", "bench.budget_s=90", "bench.quality.windows=1",
+        "bench.dtypes=[bfloat16]", "bench.budget_s=60", "bench.quality.windows=1",
         "bench.quality.cache=null", f"store={store}/store", f"hydra.run.dir={store}/out",
     ]  # fmt: skip
     start = time.perf_counter()
