@@ -119,7 +119,7 @@ def session(machine, arms, workers, config=None, cells=CELLS, **fields):
     outcome = Outcome(
         arms=arms,
         cells=list(cells),
-        sessions=[names],
+        sessions=fields.pop("sessions", [names]),
         left_out={},
         bench=config,
         measured=Measured(scenarios=SCENARIOS),

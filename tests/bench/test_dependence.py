@@ -99,6 +99,14 @@ def test_the_interval_and_the_p_values_say_the_same(differences, of_look, sd):
             assert (differs, equal) == (shift.p <= 1 - of_look, shift.p_margin <= 1 - of_look)
 
 
+def test_processes_that_agree_do_not_vouch_for_blocks_that_do_not():
+    """Blocks 5 % apart from each other whose two processes happen to have equal levels."""
+    differences = np.random.default_rng(4).normal(0.01, 0.05, 24)
+    drawn = Processes(sets=2, sd=1e-4, df=5)
+    assert drawn.p(float(np.median(differences))) < 0.001
+    assert paired(differences, processes=drawn).p > 0.1
+
+
 @given(steps, st.floats(-1, 1), st.floats(0.1, 10))
 def test_shift_and_scale_go_through(differences, by, times):
     base = posterior(differences)

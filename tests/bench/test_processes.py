@@ -82,7 +82,7 @@ def test_its_interval_is_that_of_two_means_of_processes():
 @pytest.mark.parametrize("sets, arms", [(2, 3), (2, 8), (4, 4)])
 def test_the_interval_covers_whatever_processes_there_are(sets, arms):
     """Equal arms whose processes are 3 % apart, 12 blocks of each: blocks alone cover far less."""
-    rng, runs, covers, alone = np.random.default_rng(arms), 400, 0, 0
+    rng, runs, covers, alone = np.random.default_rng(arms), 250, 0, 0
     for _ in range(runs):
         lucks = rng.normal(0, 0.03, (arms, sets))
         blocks = lucks[:, :, None] + rng.normal(0, 0.02, (arms, sets, 12))

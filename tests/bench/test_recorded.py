@@ -8,11 +8,13 @@ from record import FILE
 from scipy.stats import ttest_ind
 
 from optpipe.bench.evidence.dependence import paired
+from optpipe.bench.evidence.processes import between
 from optpipe.bench.evidence.statistics import exponential
 from optpipe.bench.evidence.stopping import level
 from optpipe.bench.evidence.verdict import Evidence, verdicts
 
-LOOKS, DELTA, RUNS, SLOT = (12, 24), 0.02, 300, 5
+ARMS = ("baseline", "again", "copy")
+BLOCKS, DELTA, RUNS, SLOT = 8, 0.02, 300, 5
 
 
 def slots(rng, count):
@@ -22,15 +24,27 @@ def slots(rng, count):
     return np.log(np.median(timings[start : start + SLOT * count].reshape(count, SLOT), axis=1))
 
 
+def interleaved(rng):
+    """(BLOCKS, 3): three arms in random order, and in the block after it in the reverse."""
+    found = slots(rng, 3 * BLOCKS).reshape(BLOCKS, 3)
+    for block in range(0, BLOCKS, 2):
+        order = rng.permutation(3)
+        found[block : block + 2] = found[block][order], found[block + 1][order[::-1]]
+    return found
+
+
 def paired_verdict(rng):
-    pairs = slots(rng, 2 * LOOKS[-1]).reshape(-1, 2)
-    signs = np.repeat(rng.choice([-1, 1], LOOKS[-1] // 2), 2) * np.tile([1, -1], LOOKS[-1] // 2)
-    differences = (pairs[:, 0] - pairs[:, 1]) * signs  # in random order, then in the reverse
-    for count in LOOKS:
-        shift = paired(differences[:count], level(len(LOOKS)), math.log1p(DELTA))
-        if (shift.ci[1] - shift.ci[0]) / 2 <= 0.05:
-            break
-    return verdicts([Evidence(shift=exponential(shift))], len(LOOKS), DELTA)[0].verdict
+    """As a report makes it: the baseline, itself again and an arm, by two processes each."""
+    sets = [interleaved(rng) for _ in range(2)]
+    levels = [
+        (arm, number, float(level_of), BLOCKS)
+        for number, of in enumerate(sets)
+        for arm, level_of in zip(ARMS, np.median(of - of.mean(1)[:, None], axis=0), strict=True)
+    ]
+    drawn = between(levels, "baseline", "copy", {"again": "baseline"})
+    differences = np.concatenate([of[:, 2] - of[:, 0] for of in sets])
+    shift = paired(differences, level(1), math.log1p(DELTA), drawn)
+    return verdicts([Evidence(shift=exponential(shift))], 1, DELTA)[0].verdict
 
 
 def blocked_differs(rng):

@@ -1,12 +1,14 @@
 """Several processes of every arm, one set after the other."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from simulated import CELLS, Machine, SimWorker, built, session, speedups
 
 from optpipe.bench.timed.measure import BenchConfig
 from optpipe.bench.timed.samples import AGAIN
+from optpipe.bench.timed.series import collect
 
 pytestmark = pytest.mark.usefixtures("no_pause")
 START_S = 2.0
@@ -20,10 +22,10 @@ class Slow(SimWorker):
         self.machine.now_ns += int(START_S / 3 * 1e9)
 
 
-def timed(pair, config, worker=SimWorker, cells=CELLS[:1], **noise):
+def timed(pair, config, worker=SimWorker, cells=CELLS[:1], fields=None, **noise):
     machine = Machine(0, **{"sd": 0.02, "bursts": 0, **noise})
     workers = [worker(machine, "baseline"), worker(machine, AGAIN), worker(machine, "copy", 0.5)]
-    return session(machine, pair, workers, config, cells)
+    return session(machine, pair, workers, config, cells, **(fields or {}))
 
 
 def blocks(outcome):
@@ -47,6 +49,26 @@ def test_every_set_of_processes_has_as_much_of_the_time_whatever_their_start_tak
     taken_s = max(s.done_ns for s in outcome.measured.samples) / 1e9
     assert 12 <= taken_s - 4 * START_S <= 12.5, "the constructors start them, too"
     assert "ended it after" in outcome.measured.stopped[CELLS[0]]
+
+
+def test_warm_up_takes_half_of_the_time_of_a_cell_at_most_and_sessions_share_it(pair):
+    config = BenchConfig(blocks=99, warmup=50, warmup_s=0.0, budget_s=12)
+    spent = {}
+    for number in (1, 2):
+        outcome = timed(pair, config, fields={"sessions": [["baseline", "copy"]] * number})
+        samples = [s for s in outcome.measured.samples if s.residence == 0]
+        ends = {s.reason: s.done_ns / 1e9 for s in samples}
+        spent[number] = ends[None]
+        assert ends["warmup"] == pytest.approx(6 / number / 2, abs=0.4)
+    assert spent[1] == pytest.approx(6, abs=0.4) and spent[2] == pytest.approx(3, abs=0.4)
+
+
+def test_blocks_of_a_process_that_was_killed_are_another_process_than_those_after_it(pair):
+    config = BenchConfig(blocks=4, warmup_s=0.0, budget_s=1e9)
+    samples = timed(pair, config).measured.samples
+    resumed = [replace(s, part=int(s.block >= 2)) for s in samples if s.residence == 0]
+    sets = collect(resumed)["copy", CELLS[0]].sets
+    assert {*sets.values()} == {(0, 0, 0), (0, 0, 1)}
 
 
 def test_a_budget_that_ends_with_the_first_processes_leaves_no_interval(pair):

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -56,6 +57,13 @@ def test_what_processes_differ_by_is_no_difference_and_it_takes_more_of_them():
     single = one(evidence(1.3, 0.001, processes=Processes(sets=1, sd=0.0, df=0)))
     assert single.verdict == "INCONCLUSIVE" and single.reason.startswith("one process of each arm")
     assert single.mde is None and single.p_holm == 1
+
+
+def test_equivalent_means_that_the_whole_interval_is_negligible():
+    shift = evidence(1.0, 0.001).shift
+    assert one(Evidence(shift=shift)).verdict == "EQUIVALENT"
+    wide = replace(shift, ci=(0.97, 1.01), p_margin=1e-9)
+    assert one(Evidence(shift=wide)).verdict == "INCONCLUSIVE"
 
 
 def test_a_failed_check_beats_any_evidence_and_leaves_the_family():

@@ -16,8 +16,8 @@ from optpipe.bench.timed.samples import Sample
 
 Place = tuple[int, int]
 """(session, block)."""
-Processes = tuple[int, int, int]
-"""(session, residence, part): one process of every arm."""
+Set = tuple[int, int, int]
+"""(session, residence, part): processes that were at work together, one of every arm."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,17 @@ class Turns:
         return {place: middle(values) for place, values in found.items()}
 
     @cached_property
-    def sets(self) -> Mapping[Place, Processes]:
+    def sets(self) -> Mapping[Place, Set]:
         """Of every block the processes that ran it."""
-        return {(s.session, s.block): (s.session, s.residence, s.part) for s in self.samples}
+        return {(s.session, s.block): set_of(s) for s in self.samples}
 
     @cached_property
     def blocks(self) -> int:
         return len({(sample.session, sample.block) for sample in self.samples})
+
+
+def set_of(sample: Sample) -> Set:
+    return sample.session, sample.residence, sample.part
 
 
 def collect(

@@ -12,13 +12,11 @@ import numpy as np
 from optpipe.bench.evidence.statistics import median
 from optpipe.bench.evidence.stopping import LEAP, late_start
 from optpipe.bench.timed.samples import Sample
-from optpipe.bench.timed.series import Place, collect, relative
+from optpipe.bench.timed.series import Place, Set, collect, relative, set_of
 
 SHOWN = 0.7
 """Of the height of a start in the mean of several sets, what each of them shows."""
 WHOLE = (None, "warmup")
-Set = tuple[int, int]
-"""(residence, part) of the processes that were at work together."""
 
 
 def late(samples: Sequence[Sample]) -> dict[Set, int]:
@@ -32,7 +30,8 @@ def late(samples: Sequence[Sample]) -> dict[Set, int]:
     found = dict.fromkeys(sets, -1)
     blocks = [{one: _relative(own, (None,))} for one, own in sets.items()]
     whole = {one: _relative(own, WHOLE) for one, own in sets.items()}
-    for group in (*blocks, *({one: of} for one, of in whole.items()), whole):
+    together = [whole] if len(whole) > 1 else []
+    for group in (*blocks, *({one: of} for one, of in whole.items()), *together):
         for one, block in _starts(group):
             found[one] = max(found[one], block)
     return found
@@ -49,7 +48,7 @@ def longest(samples: Sequence[Sample]) -> int:
 def _sets(samples: Sequence[Sample]) -> Mapping[Set, list[Sample]]:
     found: dict[Set, list[Sample]] = defaultdict(list)
     for sample in samples:
-        found[sample.residence, sample.part].append(sample)
+        found[set_of(sample)].append(sample)
     return found
 
 

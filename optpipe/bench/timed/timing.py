@@ -13,6 +13,7 @@ from optpipe.bench.serving.load import SEARCH_STEPS, Answer, find_rate
 from optpipe.bench.serving.serve import Serve
 from optpipe.bench.timed.blocks import Blocks
 from optpipe.bench.timed.samples import Sample
+from optpipe.bench.timed.series import set_of
 from optpipe.bench.timed.starts import late, longest
 
 TURN_S, GPU_TURN_S = 0.05, 0.5
@@ -46,7 +47,7 @@ class Timer:
     blocks: Blocks
 
     def rounds(self, budget_s: float) -> Iterator[float]:
-        """Warm up, then run blocks until they suffice or the time is over; yields a share done.
+        """Warm up, then run the blocks, or until the time is over; yields a share done.
 
         Two warm-up iterations and one block are run whatever the time. A session that goes on warms
         up again, counts the blocks it left, and does neither in a cell that it had finished.
@@ -172,9 +173,7 @@ class Timer:
         blocks, samples = self.blocks, self.blocks.found.samples
         last = late([s for s in samples if blocks.here(s)])
         marked = [
-            replace(s, reason="warmup")
-            if blocks.here(s) and 0 <= s.block <= last[s.residence, s.part]
-            else s
+            replace(s, reason="warmup") if blocks.here(s) and 0 <= s.block <= last[set_of(s)] else s
             for s in samples
         ]
         cut = {
