@@ -17,8 +17,8 @@ from optpipe import kvcache
 from optpipe.checkpoint import Checkpoint
 from optpipe.errors import InputError
 from optpipe.family import Block, describe
+from optpipe.libc import trim
 from optpipe.linear import Corrected, Form, Layers, LowRank, decode, dense
-from optpipe.offload import trim
 
 
 def load(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

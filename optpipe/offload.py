@@ -3,17 +3,17 @@ arXiv:2104.07857, does so for models larger than any memory)."""
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import os
-import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
 
 import torch
 from torch import Tensor, nn
+
+from optpipe.libc import trim
 
 ALIGN = 64
 """Bytes that every tensor starts at a multiple of, as torch's own do."""
@@ -67,17 +67,6 @@ class Offloaded:
 
     def _let_go(self) -> None:
         self._map.madvise(mmap.MADV_DONTNEED)  # of a shared mapping: what was written is kept
-
-
-def trim() -> None:
-    """Give freed memory back to the system.
-
-    glibc keeps what was freed in blocks below 32 MiB, and where they were aligned, as torch's are,
-    it does not use all of it again: blocks of a model that are read one at a time would add up.
-    """
-    if sys.platform == "linux":
-        with suppress(AttributeError):  # musl has none, nor keeps so much
-            ctypes.CDLL(None).malloc_trim(0)
 
 
 def tensors(module: nn.Module) -> list[Tensor]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import subprocess
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -31,9 +29,6 @@ VARIABLES = ("OMP_", "KMP_", "MKL_", "OPENBLAS_", "GOMP_", "ORT_", "CUDA_", "NVI
              "TORCH_", "MALLOC_", "LD_PRELOAD", "VLLM_", "TLLM_", "TRTLLM_", "TRITON_",
              "NCCL_")  # fmt: skip
 """Beginnings of environment variables that can change a measurement."""
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-NEVER, MOST_MMAP_THRESHOLD = -1, 32 * 2**20
-"""As malloc.h has them, and mallopt(3) the largest that is taken on 64 bits."""
 SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")
 """In the name of one that is in no report, such as NVIDIA_API_KEY."""
 
@@ -134,22 +129,6 @@ def device_used_bytes() -> int | None:
     gpu = nvml.current(nvml.gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"))
     used: int | None = None if gpu is None else gpu["memory_used_bytes"]
     return used
-
-
-def keep_freed() -> None:
-    """From now on this process keeps what it frees for what it allocates next.
-
-    glibc gives the top of its heap back to the system when nothing in use happens to lie above it,
-    and asks for large pieces anew each time. Which of eight equal processes did so was a matter of
-    luck: a prefill of 896 tokens took 0 to 28 000 page faults and up to a quarter longer, in all
-    iterations of a process alike. Runtimes with an allocator of their own never see it.
-    """
-    if sys.platform == "linux":
-        with suppress(AttributeError):  # musl has none, nor keeps anything
-            libc = ctypes.CDLL(None)
-            libc.malloc_trim(0)
-            libc.mallopt(M_MMAP_THRESHOLD, MOST_MMAP_THRESHOLD)
-            libc.mallopt(M_TRIM_THRESHOLD, NEVER)
 
 
 def reset_peak() -> None:

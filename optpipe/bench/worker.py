@@ -21,6 +21,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
+from optpipe import libc
 from optpipe.artifact import Artifact
 from optpipe.bench import machine
 from optpipe.bench.backend import NOT_DRIVEN, Backend, Ids, backend_class
@@ -262,7 +263,7 @@ def _answer(pipe: Connection, arm: Arm) -> None:
     with opener(arm.artifact, arm.threads, arm.dtype) as backend:
         times_s = {"load_s": time.perf_counter() - start_s, "import_s": import_s}
         pipe.send(("loaded", _loaded(backend, times_s, before)))
-        machine.keep_freed()
+        libc.keep_freed()
         gc.freeze()  # the modules of the runtime are no garbage: do not walk them while timing
         while (command := pipe.recv()) is not None:
             answer = command(backend)

@@ -15,7 +15,8 @@ from typing import Any
 
 from onnx import GraphProto
 
-from optpipe.build import causal, memory
+from optpipe import libc
+from optpipe.build import causal
 from optpipe.build.nvidia import FULL, Package
 from optpipe.build.sparse24 import sparse24
 from optpipe.export.graph import DATA, MODEL, read
@@ -71,7 +72,7 @@ def build(request: Request, folder: Path, out: Path, progress: Progress) -> Buil
     """Build the plan of the graph in ``folder`` into the file ``out``. Raises RuntimeError."""
     trt = request.package.module
     logger, graph = listener(trt), read(folder).graph
-    memory.return_freed()
+    libc.return_freed()
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
@@ -89,7 +90,7 @@ def build(request: Request, folder: Path, out: Path, progress: Progress) -> Buil
 
     def shown(phase: str, done: int, total: int) -> None:
         if done == total - 1:  # what was read is in the engine by now, which is written next
-            memory.page_out(folder / DATA)
+            libc.page_out(folder / DATA)
         progress(phase, done, total)
 
     monitor = reporter(trt, shown)

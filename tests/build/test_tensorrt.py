@@ -366,7 +366,7 @@ def test_options_reach_the_builder(graph, run, rtx, monkeypatch):
                      attention="lower_right")  # fmt: skip
     monkeypatch.setattr(plan, "reporter", _recording(plan.reporter, steps))
     let_go = []
-    monkeypatch.setattr(plan.memory, "page_out", let_go.append)
+    monkeypatch.setattr(plan.libc, "page_out", let_go.append)
     made = out(stage, source)
     assert {"WEIGHT_STREAMING", "TF32"} == configs[1]
     assert configs[2:] == ["SM89", 64_000_000]
