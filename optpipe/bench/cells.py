@@ -14,32 +14,23 @@ from optpipe.bench.bottlenecks import host
 from optpipe.bench.evidence import resampling
 from optpipe.bench.evidence.dependence import DEPENDENT, no_interval, paired
 from optpipe.bench.evidence.processes import ONE_PROCESS, Level, Processes, between
-from optpipe.bench.evidence.statistics import (
-    LEVEL,
-    Shift,
-    exponential,
-    fewest_samples,
-    log_ratios,
-    median,
-    percentile,
-    percentile_interval,
-)
+from optpipe.bench.evidence.statistics import Shift, exponential, log_ratios, median
 from optpipe.bench.outcome import Outcome
+from optpipe.bench.percentiles import percentiles
+from optpipe.bench.policy import BenchConfig
 from optpipe.bench.scenario import Cell
 from optpipe.bench.serving import goodput, load
-from optpipe.bench.serving.request import pooled
 from optpipe.bench.timed.clock import METRICS, NO_STAMPS, ONE_TOKEN
 from optpipe.bench.timed.samples import AGAIN
 from optpipe.bench.timed.series import Turns, collect, levels, pairs
 
 FIELDS = (*METRICS, "peak_bytes")
 """What a cell holds a number of."""
-PERCENTILES = (50, 95, 99)
-OF_REQUESTS = ("ttft_s", "ttft_sched_s", "itl_s", "icl_s")
 ONE_NUMBER = "a single number: nothing varies from block to block"
 HAND_OVER = "one request at a time never queues: this is the hand-over between two processes"
 ITSELF = "the baseline itself"
 NO_PEAK = "this system keeps no peak of resident memory that can be reset"
+GOODPUT = "goodput_per_s"
 OTHER_DEVICE = "it runs on another device than the baseline: their memories are two things"
 Entry = dict[str, Any]
 
@@ -87,7 +78,11 @@ class Table:
         if key not in self._levels:
             here = {arm: turns for (arm, at), turns in self.turns.items() if at == cell}
             together = {arm: of for arm, of in here.items() if arm not in outcome.anchored}
-            self._levels[key] = levels(together, metric)
+            self._levels[key] = (
+                goodput.levels({arm: of.samples for arm, of in together.items()})
+                if metric == GOODPUT
+                else levels(together, metric)
+            )
         # that the two of the baseline differ is the question there, and what is known elsewhere
         same = {} if name == AGAIN else {AGAIN: outcome.baseline}
         return between(self._levels[key], outcome.baseline, name, same)
@@ -125,7 +120,7 @@ class Table:
             "cpu_s": median([sample.cpu_s for sample in own.samples]) if own else None,
             **device,
             "energy": spent,
-            "percentiles": _all_percentiles(own, why),
+            "percentiles": percentiles(own, why),
             "speedup": self._speedups(name, cell),
             "reasons": reasons,
         }
@@ -142,7 +137,7 @@ class Table:
         return {
             **found,
             **(
-                {"goodput_per_s": self._goodput(name, cell)}
+                {GOODPUT: self._goodput(name, cell)}
                 if cell in outcome.measured.rates
                 else {"queue_s": nothing(HAND_OVER)}
             ),
@@ -156,7 +151,7 @@ class Table:
         entry = interval(shift, self.outcome.bench.level)
         base, own = self.turns[self.outcome.baseline, cell], self.turns[name, cell]
         if metric == "tokens_per_s" and shift.pairs >= resampling.FEWEST_BLOCKS:
-            entry |= _bootstrap(base, own, cell, self.outcome.bench.seed)
+            entry |= _bootstrap(base, own, cell, self.outcome.bench, shift.processes)
         return entry
 
     def _goodput(self, name: str, cell: Cell) -> Entry:
@@ -168,7 +163,11 @@ class Table:
             return single(1.0, ITSELF)
         if (apart := self._unpaired(name)) is not None or name in self.outcome.anchored:
             return nothing(apart or "it took turns with the baseline: no block has both")
-        return goodput.ratio(base.samples, own.samples, self.outcome.bench.seed)
+        drawn = self._processes(name, cell, GOODPUT)
+        assert drawn is not None, "only arms in turns have none"
+        entry = goodput.ratio(base.samples, own.samples, self.outcome.bench, drawn)
+        known, reasons = _drawn(drawn)
+        return {**entry, **known, "reasons": entry["reasons"] | reasons}
 
     def _device(self, name: str) -> str | None:
         told = self.outcome.loaded.get(self.outcome.baseline if name == AGAIN else name)
@@ -191,21 +190,23 @@ def interval(shift: Shift, level: float) -> Entry:
         )
     if shift.disputed:
         reasons["disputed"] = "Student's interval disagrees with that of the signed rank: bursts"
-    drawn: Entry = {}
-    if shift.processes is not None:
-        known = shift.processes.df > 0
-        drawn = {
-            "processes": shift.processes.sets,
-            "process_sd": shift.processes.sd if known else None,
-        }
-        reasons |= {} if known else {"process_sd": ONE_PROCESS}
+    drawn, unknown = _drawn(shift.processes)
     return {
         "ratio": shift.estimate,
         "ci": None if shift.ci is None else list(shift.ci),
         "ci_check": None if shift.check is None else list(shift.check),
         **drawn,
-        "reasons": reasons,
+        "reasons": reasons | unknown,
     }
+
+
+def _drawn(processes: Processes | None) -> tuple[Entry, dict[str, str]]:
+    """How many processes of each arm there were, and what they differ by, or why it is null."""
+    if processes is None:
+        return {}, {}
+    known = processes.df > 0
+    entry = {"processes": processes.sets, "process_sd": processes.sd if known else None}
+    return entry, {} if known else {"process_sd": ONE_PROCESS}
 
 
 def single(value: float, why: str) -> Entry:
@@ -233,7 +234,9 @@ def _values(own: Turns | None, cell: Cell, why: str) -> tuple[Entry, dict[str, s
     return values, {k: missing(k, cell) for k, value in values.items() if value is None}
 
 
-def _bootstrap(base: Turns, own: Turns, cell: Cell, seed: int) -> Entry:
+def _bootstrap(
+    base: Turns, own: Turns, cell: Cell, bench: BenchConfig, drawn: Processes | None
+) -> Entry:
     """Of the ratio of total tokens by total time, in blocks where both have as many requests."""
     times = []
     for turns in (base, own):
@@ -248,52 +251,8 @@ def _bootstrap(base: Turns, own: Turns, cell: Cell, seed: int) -> Entry:
         return {}
     taken = [np.array([of[place] for place in shared]) for of in times]
     tokens = np.full(taken[0].shape, float(cell.batch * cell.new_tokens))
-    low, high = resampling.hierarchical((tokens, tokens), (taken[0], taken[1]), seed)
+    both = (tokens, tokens), (taken[0], taken[1])
+    low, high = resampling.hierarchical(*both, bench.seed, bench.level, drawn)
+    if not np.isfinite([low, high]).all():
+        return {}
     return {"ci_bootstrap": [float(np.exp(low)), float(np.exp(high))]}
-
-
-def _all_percentiles(own: Turns | None, why: str) -> Entry:
-    """Of iterations; of a server's requests, where one that failed is infinitely late.
-
-    ``itl_s`` are the gaps between tokens. Only a server sends several in a chunk, whose gap then is
-    shared out; ``icl_s`` are the gaps between chunks as they are.
-    """
-    served = [s.served for s in own.samples if s.served is not None] if own else []
-    if served:
-        each = [pooled(one.requests) for one in served]
-        values = {k: [v for one in each for v in one[k]] for k in OF_REQUESTS}
-    else:
-        values = {"ttft_s": own.values("ttft_s") if own else [], "itl_s": _gaps(own) if own else []}
-    unsplit = {"itl_s": ONE_TOKEN, "icl_s": ONE_TOKEN}
-    return {k: _percentiles(of, why or unsplit.get(k, "")) for k, of in values.items()}
-
-
-def _gaps(own: Turns) -> list[float]:
-    """Between every two tokens of every iteration, seconds."""
-    gaps = [np.diff(np.array(s.token_ns)) / 1e9 for s in own.samples if s.metrics["e2e_s"]]
-    return [] if not gaps else np.concatenate(gaps).tolist()
-
-
-def _percentiles(values: list[float], why: str) -> Entry:
-    """Each with its bounds; null where the sample is too small to bound it.
-
-    A request that failed is infinitely late: a percentile with one of them at its bound is null.
-    """
-    found: Entry = {}
-    reasons: dict[str, str] = {}
-    bounds: dict[str, list[float]] = {}
-    ranked = np.sort(np.asarray(values, dtype=np.float64))
-    failed = int(np.isinf(ranked).sum())
-    for q in PERCENTILES:
-        within = percentile_interval(ranked, q)
-        if within is not None and not np.isfinite(within[1]):
-            within = None
-            reasons[f"p{q}"] = f"{failed} of {len(values)} requests failed: nothing bounds it"
-        elif within is None:
-            needed = max(fewest_samples(q), fewest_samples(100 - q))
-            few = f"{len(values)} samples; {needed} are the fewest that bound it at {LEVEL:.0%}"
-            reasons[f"p{q}"] = few if values else why
-        found[f"p{q}"] = percentile(ranked, q) if within else None
-        if within is not None:
-            bounds[f"p{q}"] = list(within)
-    return {**found, "ci": bounds, "samples": len(values), "reasons": reasons}

@@ -6,13 +6,17 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from optpipe.bench.cells import _percentiles
+from optpipe.bench.evidence.processes import ONE_PROCESS, Processes, between
+from optpipe.bench.percentiles import bounded
+from optpipe.bench.policy import BenchConfig
 from optpipe.bench.scenario import Objective
 from optpipe.bench.serving import goodput
 from optpipe.bench.serving.request import Request, pooled
 
 MS = 1_000_000
 WITHIN = Objective(ttft_s=0.1, tpot_s=None)
+ALIKE = Processes(sets=2, sd=0.0, df=1)
+BENCH = BenchConfig()
 
 
 def answered(at_ms, ttft_ms, error=None):
@@ -24,17 +28,20 @@ def answered(at_ms, ttft_ms, error=None):
     )  # fmt: skip
 
 
-def blocks(share_good, count, seed, requests=20, error=None):
+def blocks(share_good, count, seed, requests=20, error=None, residence=0):
     """Samples of ``count`` blocks of ten seconds; good with a chance, else late or failed."""
     rng = np.random.default_rng(seed)
     return [
-        SimpleNamespace(session=0, block=n, iteration=0, served=SimpleNamespace(
-            objective=WITHIN,
-            requests=[
-                answered(500 * i, *((10,) if rng.random() < share_good else (150, error)))
-                for i in range(requests)
-            ],
-        ))
+        SimpleNamespace(
+            session=0, residence=residence, part=0, block=100 * residence + n, iteration=0,
+            served=SimpleNamespace(
+                objective=WITHIN,
+                requests=[
+                    answered(500 * i, *((10,) if rng.random() < share_good else (150, error)))
+                    for i in range(requests)
+                ],
+            ),
+        )
         for n in range(count)
     ]  # fmt: skip
 
@@ -44,7 +51,7 @@ def test_a_planted_ratio_is_covered_whether_bad_requests_are_late_or_failed(erro
     covered = 0
     for seed in range(12):
         base, own = blocks(0.9, 30, seed), blocks(0.6, 30, 100 + seed, error=error)
-        found = goodput.ratio(base, own, seed)
+        found = goodput.ratio(base, own, BenchConfig(seed=seed), ALIKE)
         assert found["ratio"] == pytest.approx(0.6 / 0.9, rel=0.15)
         covered += found["ci"][0] <= 0.6 / 0.9 <= found["ci"][1]
     assert covered >= 10
@@ -53,10 +60,34 @@ def test_a_planted_ratio_is_covered_whether_bad_requests_are_late_or_failed(erro
 def test_the_estimate_is_good_requests_over_seconds():
     base, own = blocks(1.0, 2, 0), blocks(1.0, 2, 0)
     own[0].served.requests = [*own[0].served.requests[:19], answered(9500, 150)]
-    found = goodput.ratio(base, own, 0)
+    found = goodput.ratio(base, own, BENCH, ALIKE)
     one, late = 9.51, 9.65  # seconds of a block whose last request is good, and late
     assert found["ratio"] == pytest.approx((39 / (one + late)) / (40 / (2 * one)))
     assert found["ci"] is None and found["reasons"]["ci"].startswith("2 paired blocks; a bootstrap")
+
+
+def test_processes_that_differ_widen_the_interval():
+    """The second of the baseline answers a fifth of its requests too late, in all of its blocks."""
+
+    def arm(*shares):
+        return [s for n, share in enumerate(shares) for s in blocks(share, 15, n, residence=n)]
+
+    arms = {"base": arm(1.0, 0.8), "again": arm(1.0, 1.0), "own": arm(1.0, 1.0)}
+    levels = goodput.levels(arms)
+    told = {(name, which[1]): (level, count) for name, which, level, count in levels}
+    assert {count for _, count in told.values()} == {15} and len(told) == 6
+    good = np.mean([r.good(WITHIN) for s in arms["base"][15:] for r in s.served.requests])
+    taken = 9.51 / 20  # a request's share of the seconds, little more where the last one was late
+    assert told["base", 1][0] == pytest.approx(np.log(good / taken), abs=0.015)
+    drawn = between(levels, "base", "own", {})
+    entry = goodput.ratio(arms["base"], arms["own"], BENCH, drawn)
+    alone = goodput.ratio(arms["base"], arms["own"], BENCH, ALIKE)
+    half = drawn.half_width(BENCH.level)
+    assert half > 0.3 and alone["ci"][0] > 1
+    assert np.log(entry["ci"]) == pytest.approx(np.log(entry["ratio"]) + half * np.array([-1, 1]))
+    nothing = goodput.ratio(arms["base"], arms["own"], BENCH, Processes(sets=1, sd=0.0, df=0))
+    assert nothing["ci"] is None and nothing["reasons"]["ci"] == ONE_PROCESS
+    assert goodput.levels({"none": blocks(0.0, 3, 0)}) == []
 
 
 def test_each_limit_has_its_share_of_requests_and_what_that_proves():
@@ -83,20 +114,20 @@ def test_a_limit_is_proven_by_the_rule_of_mlperf(count, least):
 
 def test_what_has_no_ratio_says_why():
     base, none = blocks(1.0, 30, 0), blocks(0.0, 30, 0)
-    assert goodput.ratio(base, none, 0)["reasons"]["ratio"] == (
+    assert goodput.ratio(base, none, BENCH, ALIKE)["reasons"]["ratio"] == (
         "no request of this arm kept the objective"
     )
-    assert goodput.ratio(base, [], 0)["reasons"]["ratio"] == "no block that both have"
+    assert goodput.ratio(base, [], BENCH, ALIKE)["reasons"]["ratio"] == "no block that both have"
     rare = blocks(0.0, 30, 0)
     rare[3].served.requests[5] = answered(2500, 10)
-    found = goodput.ratio(base, rare, 0)
+    found = goodput.ratio(base, rare, BENCH, ALIKE)
     assert 0 < found["ratio"] < 0.01 and found["reasons"]["ci"].startswith("too few requests")
 
 
 def test_failed_requests_are_later_than_any_percentile_that_is_given():
     log = [answered(500 * i, 1 + i / 10) for i in range(970)]
     log += [answered(500 * i, 1, "refused") for i in range(970, 1000)]
-    found = _percentiles(pooled(log)["ttft_s"], "")
+    found = bounded(pooled(log)["ttft_s"], "")
     assert found["samples"] == 1000 and found["p50"] == pytest.approx(0.001 + 0.0499, rel=0.01)
     assert found["p95"] == pytest.approx(0.001 + 0.0949, rel=0.01), "not the 95 % of the answered"
     assert found["p99"] is None and "p99" not in found["ci"]

@@ -11,6 +11,17 @@ from scipy.stats import ttest_ind
 
 from optpipe.bench.evidence.dependence import paired
 from optpipe.bench.evidence.processes import Processes, between, spread
+from optpipe.bench.timed.series import Turns, levels
+
+
+class Block:
+    """A sample of the only set of processes."""
+
+    session = residence = part = 0
+    probe_s = peak_bytes = None
+
+    def __init__(self, block, e2e_s):
+        self.block, self.metrics = block, {"e2e_s": e2e_s}
 
 
 def table(values):
@@ -36,6 +47,17 @@ def test_equal_processes_have_none_and_one_process_of_each_tells_nothing():
     assert single == Processes(sets=1, sd=0.0, df=0)
     assert single.p(1.0) == 1 and single.half_width(0.95) == np.inf
     assert single.smallest_effect(0.05, 0.8) == np.inf
+
+
+def test_levels_know_nothing_of_what_blocks_do_to_all_arms_alike():
+    """Arms 1 % apart from block to block, and each block half as slow or quick again for all."""
+    rng, off = np.random.default_rng(0), []
+    for _ in range(60):
+        blocks = rng.normal(0, 0.5, 25) + rng.normal(0, 0.01, (3, 25))
+        turns = {f"arm {n}": Turns([Block(block, math.exp(v)) for block, v in enumerate(row)])
+                 for n, row in enumerate(blocks)}  # fmt: skip
+        off += [level for _, _, level, count in levels(turns, "e2e_s") if count == 25]
+    assert len(off) == 180 and np.std(off) < 1.3 * 0.01 / math.sqrt(25)
 
 
 def test_two_names_of_one_arm_are_two_of_its_processes():

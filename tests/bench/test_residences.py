@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 from simulated import CELLS, Machine, SimWorker, built, session, speedups
 
+from optpipe.bench.timed import timing
 from optpipe.bench.timed.measure import BenchConfig
 from optpipe.bench.timed.samples import AGAIN
 from optpipe.bench.timed.series import collect
@@ -71,6 +72,23 @@ def test_blocks_of_a_process_that_was_killed_are_another_process_than_those_afte
     assert {*sets.values()} == {(0, 0, 0), (0, 0, 1)}
 
 
+def test_a_start_that_only_two_sets_show_costs_both_and_is_made_up_for_in_the_second(
+    pair, monkeypatch
+):
+    """Processes of the first are gone by then."""
+
+    def late(samples):
+        sets = sorted({timing.set_of(s) for s in samples})
+        first = {of: min(s.block for s in samples if timing.set_of(s) == of and s.block >= 0)
+                 for of in sets}  # fmt: skip
+        return {of: first[of] + 2 if len(sets) > 1 else -1 for of in sets}
+
+    monkeypatch.setattr(timing, "late", late)
+    config = BenchConfig(blocks=12, warmup_s=0.0, budget_s=1e9)
+    found = blocks(timed(pair, config))
+    assert [len(of) for of in found.values()] == [9, 12]
+
+
 def test_a_budget_that_ends_with_the_first_processes_leaves_no_interval(pair):
     """What one process is to another nobody knows then, however many blocks it has."""
     config = BenchConfig(blocks=12, warmup_s=0.0, budget_s=2.5)
@@ -118,14 +136,17 @@ def test_the_processes_of_every_set_are_asked_the_same_and_repeat_as_often(pair)
 
 def test_a_luck_of_one_process_is_in_the_interval(pair):
     """Every process is a little quicker or slower than others, in all of its blocks."""
-    config = BenchConfig(blocks=12, warmup_s=0.0, budget_s=1e9)
-    widths = {}
+    config = BenchConfig(blocks=16, warmup_s=0.0, budget_s=1e9)
+    widths, total = {}, {}
     for luck in (0.0, 0.05):
         found = built(timed(pair, config, sd=0.001, drift=0, processes=luck))
         entry = speedups(found, "copy")["single", "tpot_s"]
         assert entry["processes"] == 2
         widths[luck] = math.log(entry["ci"][1] / entry["ci"][0])
         assert (entry["process_sd"] > 0.01) == (luck > 0)
+        rate = found["artifacts"][1]["cells"][0]["speedup"]["tokens_per_s"]
+        total[luck] = math.log(rate["ci_bootstrap"][1] / rate["ci_bootstrap"][0])
+    assert total[0.0] < 0.01 < 0.05 < total[0.05], "of all tokens by all time"
     assert widths[0.0] < 0.01 < 0.05 < widths[0.05]
 
 

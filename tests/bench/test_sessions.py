@@ -9,8 +9,10 @@ import pytest
 from scipy.stats import ttest_ind
 from simulated import CELLS, Machine, SimWorker, built, session, speedups
 
+from optpipe.bench.cells import Table
 from optpipe.bench.evidence.dependence import paired
 from optpipe.bench.evidence.statistics import hodges_lehmann, log_ratios
+from optpipe.bench.judgement import Judgement
 from optpipe.bench.timed.measure import BenchConfig
 from optpipe.bench.timed.samples import AGAIN
 from optpipe.bench.timed.series import collect, pairs
@@ -297,3 +299,13 @@ def test_a_baseline_that_differs_from_itself_makes_the_metric_invalid(pair):
     entry = speedups(found, "copy")["single", "tpot_s"]
     assert entry["verdict"] == "INVALID" and entry["reason"].startswith("aa_pair_differs")
     assert any("aa_pair_differs" in why for why in found["run"]["invalid_reasons"])
+
+
+@pytest.mark.parametrize("p, void", [(0.011, False), (0.009, True)])
+def test_two_workers_that_differ_void_a_metric_at_one_percent(pair, p, void):
+    outcome = session(Machine(2), pair, three(Machine(2)), SHORT, CELLS[:1])
+    judgement = Judgement(Table(outcome))
+    [cell] = outcome.cells
+    shift = replace(judgement.pair[cell, "tpot_s"], estimate=1.1, ci=(1.05, 1.15), p=p)
+    vars(judgement)["pair"] = {(cell, "tpot_s"): shift}
+    assert ((cell, "tpot_s") in judgement.unequal) == void

@@ -42,3 +42,8 @@ def test_a_start_of_one_process_is_not_one_of_all():
     assert _start([late]) == 8 == _start([late, late])
     assert _start([late, calm]) == 0 == _start([calm, calm])
     assert _start([late, [value + 3 for value in late]]) == 8, "each around its own middle"
+
+
+def test_a_process_that_is_slower_and_ends_sooner_is_no_part_of_a_start():
+    late = [1.0] * 8 + [0.0, 0.01] * 6
+    assert _start([late, late, [value + 3 for value in late[:12]]]) == 8

@@ -94,7 +94,7 @@ def test_a_run_with_a_server_reports_goodput_and_queue_of_every_arm(
         assert cell["queue_s"] >= 0 and cell["ttft_sched_s"] > 0.001
         assert cell["percentiles"]["ttft_sched_s"]["samples"] == 6 * cell["blocks"]
     goodput = found["artifacts"][1]["cells"][1]["speedup"]["goodput_per_s"]
-    assert 0.7 < goodput["ratio"] < 2, "both keep up with what comes"
+    assert 0.7 < goodput["ratio"] < 2 and goodput["processes"] in (1, 2), "both keep up"
     assert goodput["reasons"]["ci"].endswith("paired blocks; a bootstrap needs 30")
     assert {one["check"] for one in found["run"]["preflight"]} >= {"load", "self-test"}
     text, page = (out / "report.md").read_text(), (out / "report.html").read_text()

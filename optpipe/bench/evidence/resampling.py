@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from optpipe.bench.evidence.processes import Processes
 from optpipe.bench.evidence.statistics import LEVEL, Floats, Interval
 
 FEWEST_BLOCKS = 30
@@ -16,12 +17,17 @@ DRAWS, CHUNK = 40_000_000, 2_000_000
 
 
 def hierarchical(
-    amounts: tuple[Floats, Floats], times: tuple[Floats, Floats], seed: int, level: float = LEVEL
+    amounts: tuple[Floats, Floats],
+    times: tuple[Floats, Floats],
+    seed: int,
+    level: float = LEVEL,
+    processes: Processes | None = None,
 ) -> Interval:
     """Interval of the log-ratio of two throughputs; blocks are drawn, then requests inside them.
 
     ``amounts`` and ``times`` hold (blocks, requests) of the baseline and of the artifact. Both
-    draw the same blocks, for what a block did to one it did to the other.
+    draw the same blocks, for what a block did to one it did to the other. With ``processes`` it
+    reaches as far as these may have moved the ratio; infinite where that is not known.
     """
     blocks = len(amounts[0])
     if blocks < FEWEST_BLOCKS:
@@ -38,7 +44,12 @@ def hierarchical(
             for amount, time in zip(amounts, times, strict=True)
         ]
         found.append(logs[1] - logs[0])
-    return _tails(np.concatenate(found), level)
+    low, high = _tails(np.concatenate(found), level)
+    if processes is None:
+        return low, high
+    before, after = (float(np.log(a.sum() / t.sum())) for a, t in zip(amounts, times, strict=True))
+    half = processes.half_width(level)
+    return min(low, after - before - half), max(high, after - before + half)
 
 
 def _throughput(

@@ -16,7 +16,7 @@ READ = (
     "are requests a second, failed those of a block; medians over blocks. Kept: how many of all "
     "requests were within the limit on TTFT / TPOT / E2E. An arm takes one device at most, so that "
     "this is also per GPU. x is the ratio of all good requests a second, its interval a bootstrap "
-    "of blocks and requests that needs 30 blocks. "
+    "of blocks and requests that needs 30 blocks, no narrower than what processes differ by. "
     "Nothing of it has a verdict: none of these metrics is among those chosen beforehand."
 )
 Report = Mapping[str, Any]

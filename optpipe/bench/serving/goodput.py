@@ -1,11 +1,13 @@
 """Requests that kept an objective: how many, and a second against the baseline's, as a ratio.
 
 Whether a request was good says little by itself, so that the interval needs many blocks: it is a
-bootstrap of blocks and of the requests inside them.
+bootstrap of blocks and of the requests inside them, at least as wide as processes make it.
 """
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,10 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import betaincinv
 
+from optpipe.bench.evidence.processes import ONE_PROCESS, Level, Processes
 from optpipe.bench.evidence.resampling import FEWEST_BLOCKS, hierarchical
+from optpipe.bench.policy import BenchConfig
 from optpipe.bench.serving.request import LIMITS, seconds
 from optpipe.bench.serving.serve import Served
 from optpipe.bench.timed.samples import Sample
+from optpipe.bench.timed.series import Set, set_of
 
 NONE_GOOD = "no request of {} kept the objective"
 RARELY_GOOD = "too few requests kept the objective for an interval"
@@ -26,10 +31,13 @@ PROVEN = 0.99
 Floats = NDArray[np.float64]
 
 
-def ratio(base: Sequence[Sample], own: Sequence[Sample], seed: int) -> dict[str, Any]:
+def ratio(
+    base: Sequence[Sample], own: Sequence[Sample], bench: BenchConfig, drawn: Processes
+) -> dict[str, Any]:
     """Of sums over the blocks that both have: good requests by seconds, over the baseline's.
 
-    ``ci`` is null for fewer than thirty blocks. Failed requests are not good; their time counts.
+    ``ci`` is null for fewer than thirty blocks, and where nothing is known of what processes differ
+    by (``drawn``, from `levels`). Failed requests are not good; their time counts.
     """
     before, after = _blocks(base), _blocks(own)
     shared = [place for place in before if place in after]
@@ -44,11 +52,29 @@ def ratio(base: Sequence[Sample], own: Sequence[Sample], seed: int) -> dict[str,
     if len(shared) < FEWEST_BLOCKS:
         why = f"{len(shared)} paired blocks; a bootstrap needs {FEWEST_BLOCKS}"
         return {**_nothing(why, "ci"), "ratio": value}
+    if not drawn.df:
+        return {**_nothing(ONE_PROCESS, "ci"), "ratio": value}
+    both = (good, own_good), (taken, own_taken)
     with np.errstate(divide="ignore", invalid="ignore"):  # a draw without a good request
-        low, high = np.exp(hierarchical((good, own_good), (taken, own_taken), seed))
+        low, high = np.exp(hierarchical(*both, bench.seed, bench.level, drawn))
     if not np.isfinite([low, high]).all() or low <= 0:
         return {**_nothing(RARELY_GOOD, "ci"), "ratio": value}
     return {"ratio": value, "ci": [float(low), float(high)], "reasons": {}}
+
+
+def levels(arms: Mapping[str, Sequence[Sample]]) -> list[Level]:
+    """The log of the goodput of every process, of those that had any."""
+    found: list[Level] = []
+    for arm, samples in arms.items():
+        sets: dict[Set, list[Served]] = defaultdict(list)
+        for sample in samples:
+            if sample.served is not None:
+                sets[set_of(sample)].append(sample.served)
+        for which, blocks in sets.items():
+            good, taken = _arrays(blocks)
+            if good.sum():
+                found.append((arm, which, math.log(good.sum() / taken.sum()), len(blocks)))
+    return found
 
 
 def kept(samples: Sequence[Sample]) -> dict[str, Any]:
