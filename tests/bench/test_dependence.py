@@ -85,11 +85,21 @@ steps = st.lists(st.floats(-0.05, 0.05), min_size=8, max_size=20)
 @given(steps, st.sampled_from([0.9, 0.95, 0.975]), st.sampled_from([None, 0.0, 0.001, 0.03]))
 def test_the_interval_and_the_p_values_say_the_same(differences, of_look, sd):
     drawn = None if sd is None else Processes(sets=2, sd=sd, df=5)
-    shift, alone = paired(differences, of_look, MARGIN, drawn), paired(differences, of_look)
-    half = student.ppf((1 + of_look) / 2, 5) * (sd or 0)
-    hull = (min(alone.ci[0], alone.estimate - half), max(alone.ci[1], alone.estimate + half))
-    assert shift.ci == pytest.approx(hull, abs=1e-12)
-    low, high = shift.ci
+    shift, series = paired(differences, of_look, MARGIN, drawn), posterior(differences)
+    share = (1 + of_look) / 2
+    if drawn is None:
+        ends = [series.interval(of_look)]
+    else:  # one autocorrelation, the likely one, and what processes differ by
+        mean, error = (np.interp(series.rho, RHOS, of) for of in (series.means, series.errors))
+        of_blocks = student.ppf(share, series.df) * error
+        of_processes = student.ppf(share, 5) * sd
+        ends = [(mean - of_blocks, mean + of_blocks),
+                (shift.estimate - of_processes, shift.estimate + of_processes)]  # fmt: skip
+    ends.append(hodges_lehmann(differences, of_look).ci or (-np.inf, np.inf))
+    low, high = min(low for low, _ in ends), max(high for _, high in ends)
+    assert (shift.ci or (-np.inf, np.inf)) == pytest.approx((low, high), abs=1e-9)
+    if shift.ci is None:
+        return
     edges = [abs(end - at) for end in shift.ci for at in (0.0, MARGIN, -MARGIN)]
     if min(edges) > 1e-9:  # at an edge, rounding decides
         differs, equal = not low <= 0 <= high, low > -MARGIN and high < MARGIN

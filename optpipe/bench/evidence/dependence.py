@@ -61,12 +61,11 @@ class Posterior:
         below = self.below(centers)
         return 2 * np.minimum(below, 1 - below)
 
-    def likely_p(self, *centers: float) -> list[float]:
-        """As `p`, with the autocorrelation that it has on average as the only one."""
-        if not self.errors.any():
-            return [float(one) for one in self.p(*centers)]
-        mean, error = (float(np.interp(self.rho, RHOS, of)) for of in (self.means, self.errors))
-        return [2 * float(stdtr(self.df, -abs(mean - center) / error)) for center in centers]
+    @property
+    def likely(self) -> Posterior:
+        """With the autocorrelation that it has on average as the only one."""
+        mean, error = (np.interp(self.rho, RHOS, of) for of in (self.means, self.errors))
+        return replace(self, means=np.full_like(RHOS, mean), errors=np.full_like(RHOS, error))
 
     def interval(self, level: float) -> Interval:
         shares = np.array([(1 - level) / 2, (1 + level) / 2])
@@ -121,25 +120,26 @@ def paired(
     processes the arms may get, not only for those that were timed; None: these alone are meant.
     The interval reaches as far as that of the signed rank, of the series and of the processes. In
     the p-values the processes take the place of the signed rank, which of n blocks cannot be below
-    2^(1 - n), and of autocorrelations that are unlikely: those move levels of processes, too.
+    2^(1 - n); and in both that of autocorrelations that are unlikely, which move levels of
+    processes, too.
     """
     ranked = replace(hodges_lehmann(differences, level), processes=processes)
     if len(differences) < FEWEST:
         return ranked
     values, dependent = np.asarray(differences, dtype=np.float64), posterior(differences)
+    if processes is not None:
+        dependent = dependent.likely
     centers = (0.0, margin, -margin)
     lower, upper = dependent.below([-margin, margin])
     within = abs(ranked.estimate) < margin and lower < 1 / 2 < upper
     ends = [dependent.interval(level), ranked.ci or (-math.inf, math.inf)]
     if processes is None:
-        of_blocks = [float(one) for one in dependent.p(*centers)]
         others = [statistics.signed_rank_p(values, center) for center in centers]
     else:
         half = processes.half_width(level)
         ends.append((ranked.estimate - half, ranked.estimate + half))
-        of_blocks = dependent.likely_p(*centers)
         others = [processes.p(ranked.estimate - center) for center in centers]
-    p = [max(both) for both in zip(of_blocks, others, strict=True)]
+    p = [max(float(one), other) for one, other in zip(dependent.p(*centers), others, strict=True)]
     low, high = min(low for low, _ in ends), max(high for _, high in ends)
     return replace(
         ranked,
