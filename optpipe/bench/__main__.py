@@ -82,11 +82,11 @@ def _schema(given: argparse.Namespace) -> int:
 
 
 def _selftest(given: argparse.Namespace) -> int:
-    from optpipe.bench.timed.selftest import selftest
+    from optpipe.bench.timed.selftest import LIMITS, selftest
 
     errors = {name: error for name, error in selftest().items() if name.endswith("_error")}
     for name, error in errors.items():
-        print(f"{name} {error:.3%}")
+        print(f"{name} {error:.3%}; verdicts of a run are INVALID beyond {LIMITS[name]:.0%}")
     worst = max(abs(error) for error in errors.values())
     if worst > MOST_ERROR:
         return _complain(f"the instrument is off by {worst:.1%}; at most {MOST_ERROR:.0%}", UNSOUND)

@@ -8,7 +8,7 @@ from functools import cached_property
 
 from optpipe.bench.cells import ITSELF, Entry, Table, interval, nothing
 from optpipe.bench.evidence.statistics import Shift
-from optpipe.bench.evidence.verdict import ALPHA, Evidence, primary, verdicts
+from optpipe.bench.evidence.verdict import ALPHA, INVALID, Evidence, primary, verdicts
 from optpipe.bench.scenario import Cell
 from optpipe.bench.timed import checks
 from optpipe.bench.timed.clock import COMPARED
@@ -104,7 +104,8 @@ class Judgement:
         found = [f"{arm}, {cell}: {why}" for (arm, cell), of in self.failures.items() for why in of]
         found += [f"{cell}: {why}" for cell, why in self.unstable.items()]
         found += [f"{cell}, {metric}: {why}" for (cell, metric), why in self.unequal.items()]
-        found += [*self.table.outcome.changed.values(), *self.table.outcome.unlike]
+        outcome = self.table.outcome
+        found += [*outcome.changed.values(), *outcome.unlike.values()]
         return found + ([self.instrument] if self.instrument else [])
 
     def add_verdicts(self, artifacts: Sequence[Entry]) -> None:
@@ -114,10 +115,12 @@ class Judgement:
         for artifact in artifacts:
             for cell, entry in zip(outcome.cells, artifact["cells"], strict=True):
                 for metric, speedup in entry["speedup"].items():
-                    if artifact["role"] == "baseline" or metric not in self.primary[cell]:
-                        why = ITSELF if artifact["role"] == "baseline" else SECONDARY
-                        speedup |= {"verdict": None, "reason": why}
-                        speedup["reasons"]["verdict"] = why
+                    if artifact["role"] == "baseline":
+                        _without_verdict(speedup, ITSELF)
+                    elif metric not in self.primary[cell]:
+                        timed = metric != "bytes" and speedup["ratio"] is not None
+                        void = self._void(artifact["name"], cell) if timed else None
+                        _without_verdict(speedup, SECONDARY, void)
                     else:
                         family.append(self._evidence(artifact["name"], cell, metric))
                         places.append(speedup)
@@ -150,19 +153,23 @@ class Judgement:
 
     def _invalid(self, name: str, cell: Cell, metric: str) -> str | None:
         """The first reason why this is no measurement."""
-        baseline = self.table.outcome.baseline
+        return self._void(name, cell) or self.unequal.get((cell, metric))
+
+    def _void(self, name: str, cell: Cell) -> str | None:
+        """The first reason why nothing that was timed here is one."""
+        outcome, baseline = self.table.outcome, self.table.outcome.baseline
         reasons = [*self.failures.get((name, cell), [])]
         reasons += [f"the baseline: {why}" for why in self.failures.get((baseline, cell), [])]
-        changed = self.table.outcome.changed
-        found = (
-            *reasons,
-            changed.get(name),
-            changed.get(baseline),
-            self.unstable.get(cell),
-            self.unequal.get((cell, metric)),
-            self.instrument,
-        )
+        others = (outcome.changed, outcome.unlike)
+        found = (*reasons, *(of.get(arm) for arm in (name, baseline) for of in others),
+                 self.unstable.get(cell), self.instrument)  # fmt: skip
         return next((why for why in found if why), None)
+
+
+def _without_verdict(speedup: Entry, why: str, void: str | None = None) -> None:
+    """But INVALID where that is why it is not even a measurement."""
+    speedup |= {"verdict": INVALID if void else None, "reason": void or why}
+    speedup["reasons"] |= {} if void else {"verdict": why}
 
 
 def _resolved(entry: Entry) -> Entry:

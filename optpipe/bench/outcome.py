@@ -57,8 +57,8 @@ class Outcome:
     """Of lm-evaluation-harness, to be run on every arm."""
     evaluated: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Arm -> task -> what was found."""
-    unlike: list[str] = field(default_factory=list)
-    """Arms that answered otherwise when they were timed than when they were judged."""
+    unlike: dict[str, str] = field(default_factory=dict)
+    """Arms that answered otherwise when they were timed than when they were judged, and where."""
     floors: Floors = field(default_factory=dict)
     journal: Journal = field(default_factory=Journal)
     starts: dict[str, list[Start]] = field(default_factory=dict)

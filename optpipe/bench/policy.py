@@ -67,8 +67,11 @@ class BenchConfig:
         for name in ("half_width", "delta"):
             if not 0 < getattr(self, name) < 1:
                 raise InputError(f"bench.{name}={getattr(self, name)}: between 0 and 1 is needed")
-        if self.threads is not None and self.threads < 1:
-            raise InputError(f"bench.threads={self.threads}: at least 1, or null for all cores")
+        if self.threads is not None and not 1 <= self.threads <= usable_cores():
+            raise InputError(
+                f"bench.threads={self.threads}: 1 to {usable_cores()}, the cores this process may "
+                "use, or null for all"
+            )
         if not self.dtypes or len(set(self.dtypes)) < len(self.dtypes):
             raise InputError(f"bench.dtypes={list(self.dtypes)}: one or more, each once")
         if unknown := sorted(set(self.dtypes) - set(DTYPES)):

@@ -83,7 +83,7 @@ def run(
         outcome.journal.remove()
     tables.show(found)
     _whole(outcome)
-    gate.check(found, bench.quality, [*outcome.changed.values(), *outcome.unlike])
+    gate.check(found, bench.quality, [*outcome.changed.values(), *outcome.unlike.values()])
     _valid(found)
     return found
 

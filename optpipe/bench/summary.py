@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from optpipe.bench.evidence.verdict import FASTER
+from optpipe.bench.evidence.verdict import FASTER, INVALID
 
 ACCEPTED = ("lossless", "near", "compressed")
 """Tiers of quality that may be recommended."""
@@ -16,7 +16,8 @@ Entry = dict[str, Any]
 def crossover(cells: Sequence[Mapping[str, Any]]) -> Entry:
     """The first batch of a sweep at which the whole interval of tokens/s lies below the baseline.
 
-    null, with the reason, where there is no sweep or it never happens.
+    null, with the reason, where there is no sweep or it never happens. Batches whose ratio is
+    INVALID are left out.
     """
     sweeps: dict[tuple[str, int], list[Mapping[str, Any]]] = defaultdict(list)
     for cell in cells:
@@ -28,16 +29,26 @@ def crossover(cells: Sequence[Mapping[str, Any]]) -> Entry:
                 "reasons": {"scenario": "no sweep", "batch": "no sweep"}}  # fmt: skip
     found: Entry = {"scenario": sweep[0]["scenario"], "batch": None, "reasons": {}}
     told = [c for c in sorted(sweep, key=lambda c: int(c["batch"])) if _interval(c) is not None]
+    void = "".join(f"; INVALID at batch {c['batch']}" for c in told if _is_invalid(c))
+    told = [cell for cell in told if not _is_invalid(cell)]
     slower = [_interval(cell)[1] < 1 for cell in told]
     for at, cell in enumerate(told):
         if all(slower[at:]):
-            return {**found, "batch": cell["batch"], "reason": "tokens/s: slower from here on"}
-    why = f"tokens/s: not shown to be slower at any batch of {batches}"
+            return {
+                **found,
+                "batch": cell["batch"],
+                "reason": f"tokens/s: slower from here on{void}",
+            }
+    why = f"tokens/s: not shown to be slower at any batch of {batches}{void}"
     return {**found, "reason": why, "reasons": {"batch": why}}
 
 
 def _interval(cell: Mapping[str, Any]) -> Any:
     return cell["speedup"]["tokens_per_s"]["ci"]
+
+
+def _is_invalid(cell: Mapping[str, Any]) -> bool:
+    return bool(cell["speedup"]["tokens_per_s"].get("verdict") == INVALID)
 
 
 def recommendation(artifacts: Sequence[Mapping[str, Any]]) -> list[Entry]:

@@ -9,7 +9,7 @@ import pytest
 from optpipe.bench.bottlenecks import bottleneck
 from optpipe.bench.bottlenecks.ceilings import Ceilings
 from optpipe.bench.bottlenecks.cost import Model, Product, cell_costs
-from optpipe.bench.bottlenecks.realised import realised
+from optpipe.bench.bottlenecks.realised import NO_RATIO, promised, realised
 from optpipe.bench.bottlenecks.roofline import floor_s
 from optpipe.bench.pages import bounds
 from optpipe.bench.scenario import Cell
@@ -339,6 +339,16 @@ def test_the_tables_have_two_phases_an_artifact_and_what_came_true(report):
     row = ("1 baseline", "decode", "4-bit weights", "2 + quant", *figures)
     assert (*row, f"{int4['realised']:.0%}") in rows
     assert sum(row[2] == bounds.ALL for row in rows) == 4, "of two artifacts and two phases"
+
+
+def test_of_an_invalid_ratio_nothing_came_true():
+    tpot = {"ratio": 1.9, "verdict": "FASTER"}
+    cell = {"speedup": {"tpot_s": tpot}}
+    assert promised(2.0, 2.0, cell, "decode")["realised"] > 0.9
+    tpot["verdict"] = "INVALID"
+    found = promised(2.0, 2.0, cell, "decode")
+    assert found["realised"] is None is found["byte_realised"]
+    assert {*found["reasons"].values()} == {NO_RATIO}
 
 
 def test_what_came_true_is_a_ratio_of_logs():

@@ -179,6 +179,23 @@ def test_an_artifact_edited_after_the_gate_is_invalid(judged):
     assert {e["reason"] for e in speedups(found, "cheat").values()} == {why}
 
 
+@pytest.mark.parametrize("which", ["cheat", "baseline"])
+@pytest.mark.parametrize("field", ["changed", "unlike"])
+def test_what_is_not_what_was_judged_has_no_valid_ratio_at_all(judged, field, which):
+    """Of the baseline, either: every ratio is to it. Secondary metrics and the crossover, too."""
+    found = judged(None, **{field: {which: "it is another"}})
+    cells = found["artifacts"][1]["cells"]
+    for cell in cells:
+        for metric, entry in cell["speedup"].items():
+            if metric != "bytes" and entry["ratio"] is not None:
+                assert (entry["verdict"], entry["reason"]) == ("INVALID", "it is another"), metric
+    assert cells[0]["speedup"]["bytes"]["verdict"] is None, "not timed"
+    assert "it is another" in found["run"]["invalid_reasons"]
+    assert found["recommendation"] and all(
+        r["artifact"] == "baseline" for r in found["recommendation"]
+    )
+
+
 def test_an_instrument_that_is_off_makes_all_invalid(judged):
     told = {"ttft_error": 0.0, "tpot_error": 0.03, "e2e_error": 0.0, "passed": False}
     found = judged(None, instrument=told)

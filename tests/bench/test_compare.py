@@ -100,6 +100,21 @@ def test_across_environments_there_is_no_verdict(runs, capsys, changes, named):
     assert "better over" not in out
 
 
+@pytest.mark.parametrize("side", [0, 1])
+def test_what_is_invalid_in_either_run_is_not_better(runs, capsys, side):
+    folders = runs()
+    file = folders[side] / "report.json"
+    report = json.loads(file.read_text())
+    told = {"verdict": "INVALID", "reason": "token_count: 1 of 32"}
+    report["artifacts"][-1]["cells"][0]["speedup"]["tpot_s"] |= told
+    file.write_text(json.dumps(report))
+    tpot = compare.compare(*map(read, folders))["artifacts"][-1]["cells"][0]["metrics"]["tpot_s"]
+    assert (tpot["change"], tpot["invalid"]) == (None, told["reason"])
+    code, out, _ = call(capsys, "compare", *folders)
+    [line, *_] = [line for line in out.splitlines() if "0.500 ms -> 0.250 ms" in line]
+    assert code == 0 and line.endswith(": INVALID (token_count: 1 of 32)")
+
+
 def test_the_same_as_json(runs, capsys):
     folders = runs()
     code, out, _ = call(capsys, "compare", *folders, "--json")
@@ -167,8 +182,9 @@ def test_schema_csv_and_html(runs, capsys):
 @pytest.mark.parametrize(("error", "code"), [(0.02, 0), (-0.021, 1)])
 def test_selftest_fails_above_two_percent(monkeypatch, capsys, error, code):
     fake = types.ModuleType("optpipe.bench.timed.selftest")
+    fake.LIMITS = {"ttft_error": 0.05, "tpot_error": 0.02}
     fake.selftest = lambda: {"ttft_error": 0.001, "tpot_error": error}
     monkeypatch.setitem(sys.modules, "optpipe.bench.timed.selftest", fake)
     found, out, err = call(capsys, "selftest")
-    assert found == code and "ttft_error 0.100%" in out
+    assert found == code and "ttft_error 0.100%; verdicts of a run are INVALID beyond 5%" in out
     assert ("off by 2.1%" in err) == bool(code)

@@ -387,7 +387,7 @@ def test_what_is_edited_after_the_gate_is_not_what_was_judged(arm):
     peaks = {sample.peak_bytes for sample in found.measured.samples if sample.arm == "a"}
     assert peaks in ({1}, {None}), "scoring must not be in the memory of a timed process"
     assert found.judged.expected.keys() == {(a.name, found.cells[0]) for a in given}
-    assert [*found.changed] == ["a"] and found.unlike == []
+    assert [*found.changed] == ["a"] and found.unlike == {}
     built = report(a=assessed(found.judged))
     with pytest.raises(GateError, match="INVALID: artifact_changed: 'a' was edited after the"):
         gate.check(built, QualityConfig(), [*found.changed.values()])
@@ -408,7 +408,7 @@ def test_timed_tokens_must_be_those_of_the_gate():
     one, two = Cell("single", 1, 4, 2), Cell("batch", 4, 4, 2)
     expected = {("a", one): "x", ("b", one): "y"}
     good = {("a", one, "x"), ("b", one, "y"), ("a", two, "z")}
-    assert gate.audit(good, expected) == []
-    assert gate.audit(good | {("b", one, "x")}, expected) == [  # one of its processes
-        "other_answers: 'b' gave other tokens in 'single 1 x 4 + 2' than when it was judged"
-    ]
+    assert gate.audit(good, expected) == {}
+    assert gate.audit(good | {("b", one, "x")}, expected) == {  # one of its processes
+        "b": "other_answers: 'b' gave other tokens in 'single 1 x 4 + 2' than when it was judged"
+    }

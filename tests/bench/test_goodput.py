@@ -87,7 +87,11 @@ def test_processes_that_differ_widen_the_interval():
     assert np.log(entry["ci"]) == pytest.approx(np.log(entry["ratio"]) + half * np.array([-1, 1]))
     nothing = goodput.ratio(arms["base"], arms["own"], BENCH, Processes(sets=1, sd=0.0, df=0))
     assert nothing["ci"] is None and nothing["reasons"]["ci"] == ONE_PROCESS
-    assert goodput.levels({"none": blocks(0.0, 3, 0)}) == []
+    arms["own"] = arm(1.0, 0.0)
+    drawn = between(goodput.levels(arms), "base", "own", {})
+    assert drawn.sets == 2 and drawn.sd > 2, "one that kept nothing is no process that is missing"
+    low, high = goodput.ratio(arms["base"], arms["own"], BENCH, drawn)["ci"]
+    assert low < 0.01 and high > 2
 
 
 def test_each_limit_has_its_share_of_requests_and_what_that_proves():

@@ -25,6 +25,13 @@ CONFIG = BenchConfig(blocks=12, processes=1, max_processes=1, warmup=3, warmup_s
 TWICE = replace(CONFIG, blocks=6, processes=2, max_processes=2)
 
 
+def test_a_journal_that_cannot_be_written_costs_nothing_but_itself(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    with opened(str(tmp_path / "file"), lambda: FACTS) as kept:
+        assert kept.stream is None and kept.file is None
+    assert "not kept in case it is killed" in caplog.text and str(tmp_path / "file") in caplog.text
+
+
 pytestmark = pytest.mark.usefixtures("no_pause")
 
 

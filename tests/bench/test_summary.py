@@ -23,6 +23,13 @@ def test_the_crossover_is_the_first_batch_that_is_clearly_slower():
     assert found["batch"] is None and "not shown to be slower" in found["reason"]
     dip = [cell(1, 0.97, 0.99), cell(4, 1.2, 1.3), cell(16, 1.4, 1.5)]
     assert crossover(dip)["batch"] is None  # slower at one batch, not from it on
+    void = [cell(1, 1.2, 1.4), cell(2, 0.8, 0.9, verdict="INVALID"), cell(4, 0.7, 0.8)]
+    found = crossover(void)
+    assert (found["batch"], found["reason"]) == (
+        4, "tokens/s: slower from here on; INVALID at batch 2"
+    )  # fmt: skip
+    found = crossover(void[:2])
+    assert found["batch"] is None and found["reason"].endswith("; INVALID at batch 2")
     assert crossover([cell(1, 1.2, 1.4)])["reason"] == "no scenario has two batch sizes"
     assert crossover([])["batch"] is None
 

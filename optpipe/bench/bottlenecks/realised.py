@@ -9,6 +9,7 @@ from typing import Any
 
 from optpipe.bench.bottlenecks.cost import PhaseCost
 from optpipe.bench.bottlenecks.whatif import Bound, Remedy
+from optpipe.bench.evidence.verdict import INVALID
 from optpipe.bench.scenario import Cell
 
 Entry = dict[str, Any]
@@ -23,7 +24,7 @@ NO_ARTIFACT = "no later artifact of this run is this one with this remedy alone"
 NOT_BYTES = "an engine is not about what is moved and multiplied"
 LEAST = 1.1
 """Of smaller promises the share that came true says nothing: noise of 5 % is more than they are."""
-NO_RATIO = "no paired ratio, or less than a tenth was promised"
+NO_RATIO = "no paired ratio that is valid, or less than a tenth was promised"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,7 @@ def realised(speedup: float | None, predicted: float | None) -> float | None:
 
 def promised(bytes_ratio: float, floor_ratio: float, cell: Entry, phase: str) -> Entry:
     """Two promises against the baseline, of bytes and of the roofline, with what came true."""
-    speedup = cell["speedup"][TIMES[phase]]["ratio"]
+    speedup = _gain(cell, phase)
     return {
         "byte_ratio": bytes_ratio,
         "byte_realised": realised(speedup, bytes_ratio),
@@ -105,7 +106,7 @@ def outcome(remedy: Remedy, twin: Twin | None, bound: Bound, where: Place) -> En
     found = advice(remedy)
     if twin is not None:
         same = next(c for c in twin.artifact["cells"] if cell_of(c) == cell_of(where.cell))
-        after, before = (c["speedup"][TIMES[where.phase]]["ratio"] for c in (same, where.cell))
+        after, before = (_gain(cell, where.phase) for cell in (same, where.cell))
         speedup = after / before if after and before else None
         found |= {
             "artifact": twin.artifact["name"],
@@ -117,6 +118,13 @@ def outcome(remedy: Remedy, twin: Twin | None, bound: Bound, where: Place) -> En
         found["reasons"]["executed_speedup"] = NOT_BYTES
     found["reasons"] = {k: why for k, why in found["reasons"].items() if found[k] is None}
     return found
+
+
+def _gain(cell: Entry, phase: str) -> float | None:
+    """How many times better than the baseline, unless that is INVALID."""
+    speedup = cell["speedup"][TIMES[phase]]
+    ratio: float | None = speedup["ratio"]
+    return None if speedup.get("verdict") == INVALID else ratio
 
 
 def _after(where: Place, artifact: Entry) -> list[Entry]:

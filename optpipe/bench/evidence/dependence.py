@@ -126,9 +126,8 @@ def paired(
     ranked = replace(hodges_lehmann(differences, level), processes=processes)
     if len(differences) < FEWEST:
         return ranked
-    values, dependent = np.asarray(differences, dtype=np.float64), posterior(differences)
-    if processes is not None:
-        dependent = dependent.likely
+    values, series = np.asarray(differences, dtype=np.float64), posterior(differences)
+    dependent = series if processes is None else series.likely
     centers = (0.0, margin, -margin)
     lower, upper = dependent.below([-margin, margin])
     within = abs(ranked.estimate) < margin and lower < 1 / 2 < upper

@@ -118,17 +118,17 @@ def changed(judged: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str]
 
 def audit(
     emitted: Collection[tuple[str, Cell, str]], expected: Mapping[tuple[str, Cell], str]
-) -> list[str]:
-    """Arms whose timed tokens are not those of their gate (MLPerf's TEST01).
+) -> dict[str, str]:
+    """Arms whose timed tokens are not those of their gate (MLPerf's TEST01), and where.
 
     Both: arm, cell and hash of the greedy tokens for the same prompts; of every process that was
     timed, and of the one that was judged.
     """
-    return [
-        f"other_answers: '{arm}' gave other tokens in '{cell}' than when it was judged"
+    return {
+        arm: f"other_answers: '{arm}' gave other tokens in '{cell}' than when it was judged"
         for arm, cell, tokens in sorted(emitted)
         if expected.get((arm, cell), tokens) != tokens
-    ]
+    }
 
 
 def check(report: Mapping[str, Any], config: QualityConfig, other: Sequence[str]) -> None:

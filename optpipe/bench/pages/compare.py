@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from optpipe.bench import machine
+from optpipe.bench.evidence.verdict import INVALID
 from optpipe.bench.pages.view import METRICS, interval, number, where
 
 Report = Mapping[str, Any]
@@ -27,7 +28,8 @@ def compare(before: Report, after: Report) -> dict[str, Any]:
 
     ``controlled`` is whether machine, versions and threads are the same. Only then ``change`` says
     whether the intervals of the two speed-ups, each over its own baseline, are disjoint; else it is
-    null. What one report alone has is listed by name.
+    null, as it is where one of them is INVALID (``invalid``: why). What one report alone has is
+    listed by name.
     """
     differ = differences(before, after)
     old = {artifact["name"]: artifact for artifact in before["artifacts"]}
@@ -117,12 +119,19 @@ def _metric(key: str, old: Report, new: Report, controlled: bool) -> dict[str, A
         "speedup_before_ci": left["ci"],
         "speedup_after": right["ratio"],
         "speedup_after_ci": right["ci"],
-        "change": _change(left["ci"], right["ci"]) if controlled else None,
+        "change": _change(left, right) if controlled else None,
+        "invalid": next(
+            (of["reason"] for of in (left, right) if of.get("verdict") == INVALID), None
+        ),
     }
 
 
-def _change(left: list[float] | None, right: list[float] | None) -> str:
-    """Speed-ups were paired each in its run: they are what two runs may be compared by."""
+def _change(before: Report, after: Report) -> str | None:
+    """Speed-ups were paired each in its run: they are what two runs may be compared by. None where
+    one of them is INVALID."""
+    if INVALID in (before.get("verdict"), after.get("verdict")):
+        return None
+    left, right = before["ci"], after["ci"]
     if left is None or right is None:
         return "no interval"
     if right[0] > left[1]:
@@ -166,4 +175,5 @@ def _line(metric: Mapping[str, Any], controlled: bool) -> str:
     scale = 1e3 if metric["unit"] == "s" else 1
     times = " -> ".join(number(metric[side], scale, unit) for side in ("before", "after"))
     end = metric["change"] if controlled else "uncontrolled"
+    end = f"INVALID ({metric['invalid']})" if metric["invalid"] else end
     return f"{times}, {metric['ratio']:.3f}x{over}: {end}"

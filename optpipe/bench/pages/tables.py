@@ -172,7 +172,10 @@ def _speed_row(artifact: Mapping[str, Any], cell: Mapping[str, Any]) -> Row:
 
 def _verdict(speedup: Mapping[str, Any]) -> str:
     """Of every metric that has one here: 'TPOT FASTER, memory EQUIVALENT'."""
-    found = (f"{TITLES[k]} {v['verdict']}" for k, v in speedup.items() if v.get("verdict"))
+    told = {k: v["verdict"] for k, v in speedup.items() if v.get("verdict")}
+    if {*told.values()} == {"INVALID"}:
+        return "INVALID"
+    found = (f"{TITLES[k]} {verdict}" for k, verdict in told.items())
     return ", ".join(found) or NONE
 
 

@@ -28,6 +28,8 @@ RARELY_GOOD = "too few requests kept the objective for an interval"
 NO_LIMIT = "the objective has no such limit"
 NONE_SENT = "no request was sent"
 PROVEN = 0.99
+NONE = 0.5
+"""Good requests that a process without one counts as."""
 Floats = NDArray[np.float64]
 
 
@@ -63,7 +65,8 @@ def ratio(
 
 
 def levels(arms: Mapping[str, Sequence[Sample]]) -> list[Level]:
-    """The log of the goodput of every process, of those that had any."""
+    """The log of the goodput of every process; none counts as half a request, which tells processes
+    further apart than leaving it out."""
     found: list[Level] = []
     for arm, samples in arms.items():
         sets: dict[Set, list[Served]] = defaultdict(list)
@@ -72,8 +75,8 @@ def levels(arms: Mapping[str, Sequence[Sample]]) -> list[Level]:
                 sets[set_of(sample)].append(sample.served)
         for which, blocks in sets.items():
             good, taken = _arrays(blocks)
-            if good.sum():
-                found.append((arm, which, math.log(good.sum() / taken.sum()), len(blocks)))
+            rate = max(float(good.sum()), NONE) / float(taken.sum())
+            found.append((arm, which, math.log(rate), len(blocks)))
     return found
 
 

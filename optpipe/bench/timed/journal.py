@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 from optpipe.artifact import fingerprint
 from optpipe.bench.scenario import Cell
 from optpipe.bench.timed.samples import Measured, Sample, decode, encode
+from optpipe.errors import one_line
 
 log = logging.getLogger(__name__)
 Facts = Mapping[str, Any]
@@ -137,7 +138,10 @@ def opened(folder: str | None, tell: Callable[[], Facts]) -> Iterator[Journal]:
         yield Journal()
         return
     file = Path(folder) / f"{fingerprint(facts)}.jsonl"
-    file.parent.mkdir(parents=True, exist_ok=True)
+    if (why := _refused(file)) is not None:
+        log.warning("benchmark: not kept in case it is killed: %s", why)
+        yield Journal()
+        return
     with file.open("a+b") as stream:
         if (why := _lock(stream)) is not None:
             log.warning("benchmark: not kept in case it is killed: %s", why)
@@ -149,6 +153,16 @@ def opened(folder: str | None, tell: Callable[[], Facts]) -> Iterator[Journal]:
         else:
             _others(file, facts)
         yield Journal(stream=stream, file=file, entries=entries)
+
+
+def _refused(file: Path) -> str | None:
+    """Why it cannot be written, if so."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.open("a+b").close()
+    except OSError as error:
+        return one_line(error)
+    return None
 
 
 def _lock(stream: BinaryIO) -> str | None:
