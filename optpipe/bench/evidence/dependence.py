@@ -72,7 +72,7 @@ class Posterior:
         each = self.means + self.errors * stdtrit(self.df, shares)[:, None]
         # a quantile of a mixture lies among those of its parts
         low, high = each.min(1), each.max(1)
-        for _ in range(STEPS if self.errors.any() else 0):
+        for _ in range(STEPS if (high > low).any() else 0):
             half = (low + high) / 2
             under = self.below(half) < shares
             low, high = np.where(under, half, low), np.where(under, high, half)
