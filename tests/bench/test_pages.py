@@ -71,6 +71,11 @@ def test_every_number_of_a_server_is_in_the_text_and_on_the_page(report):
     ]  # fmt: skip
     assert rows[1][9:] == ["12.0", "2.00"]
     report["artifacts"][0]["cells"][-1]["reasons"]["rate_per_s"] = "the time budget ended it"
+    goodput = report["artifacts"][1]["cells"][-1]["speedup"]["goodput_per_s"]
+    goodput["verdict"] = "INVALID"
+    ((_, (_, row, *_)),) = served.tables(report)
+    assert row[2].endswith("] INVALID"), "its interval is not shown as if it were one"
+    del goodput["verdict"]
     ((hurried, _),) = served.tables(report)
     assert "at 12.5 a second (it may bear more: the time budget ended it), at most" in hurried
     del report["artifacts"][0]["cells"][-1]["reasons"]["rate_per_s"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from optpipe.bench.evidence.verdict import INVALID
 from optpipe.bench.pages.view import DASH, interval, names, number
 from optpipe.bench.serving.request import LIMITS
 
@@ -54,7 +55,7 @@ def _row(cell: Report) -> list[str]:
     scheduled = cell.get("percentiles", {}).get("ttft_sched_s") or {"p95": None}
     return [
         number(cell.get("goodput_per_s")),
-        interval(goodput),
+        interval(goodput) + (f" {INVALID}" if goodput.get("verdict") == INVALID else ""),
         number(cell.get("good_share"), 100, "{:.1f} %"),
         _kept(cell.get("slo_kept") or {}),
         number(cell.get("ttft_sched_s"), 1e3),
